@@ -1,0 +1,36 @@
+// Schemas of every op, apart from the kernels. `Tensor(a!)` marks what an op writes.
+//
+// ledger:  [2 + rows * C] int64 = {enabled, positions, counts[rows][C]}   (core/rectifier.h)
+// masks:   [ceil(n / 32)] int32, one bit per weight, 1 = alive            (core/bitmask.h);
+//          an empty mask means that every weight of that tensor is alive
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(layer_collapse, m) {
+  // y = rectifier(x); adds the signs of x to the ledger.
+  m.def(
+      "rectify(Tensor x, Tensor(a!) ledger, int kind, int channel_dim, float slope, "
+      "Tensor? weight, Tensor? valid) -> Tensor");
+  // The same in place: x becomes y.
+  m.def(
+      "rectify_(Tensor(b!) x, Tensor(a!) ledger, int kind, int channel_dim, float slope, "
+      "Tensor? weight, Tensor? valid) -> ()");
+
+  // The next step of torch.optim.SGD on the alive weights; pruned weights and their state become 0.
+  m.def(
+      "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
+      "Tensor[] masks, float lr, float momentum, float dampening, float weight_decay, "
+      "bool nesterov, bool maximize, bool first_step, Tensor? grad_scale, Tensor? found_inf) -> ()");
+  // The same for torch.optim.AdamW; steps holds the number of this step per tensor, from 1.
+  m.def(
+      "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor[] masks, Tensor[] steps, "
+      "float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize, "
+      "Tensor? grad_scale, Tensor? found_inf) -> ()");
+  // Sets every element whose mask bit is 0 to zero.
+  m.def("apply_masks_(Tensor(a!)[] tensors, Tensor[] masks) -> ()");
+
+  // How many of the k smallest alive |w|, by (|w|, tensor, index), lie in each tensor: [n] int64.
+  m.def("magnitude_shares(Tensor[] weights, Tensor[] masks, int k) -> Tensor");
+  // Clears the mask bits of the counts[i] smallest alive |w| of tensor i, by (|w|, index).
+  m.def("magnitude_prune_(Tensor[] weights, Tensor(a!)[] masks, int[] counts) -> ()");
+}
