@@ -104,11 +104,11 @@ def _drop_concrete_arguments(graph: fx.Graph, concrete: dict[str, Any]) -> None:
         name = str(node.target)
         if name not in concrete and name.rpartition("_")[0] not in concrete:
             continue
-        checks = [user for user in node.users if not user.users or user.target is torch._assert]
-        for check in checks:
-            for assertion in list(check.users):
-                graph.erase_node(assertion)
-            graph.erase_node(check)
+        for check in list(node.users):
+            if all(user.target is torch._assert for user in check.users):
+                for assertion in list(check.users):
+                    graph.erase_node(assertion)
+                graph.erase_node(check)
         if not node.users:
             graph.erase_node(node)
 
