@@ -2,6 +2,13 @@
 // torch's dispatcher instead (library.cpp), because only those trace under torch.compile.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <tuple>
+
+#include "core/budget.h"
+#include "core/entropy.h"
 
 namespace py = pybind11;
 
@@ -32,11 +39,89 @@ py::dict build_info() {
   return info;
 }
 
+template <typename T>
+using Array = py::array_t<T, py::array::c_style>;
+
+Kind checked_kind(int64_t kind, const Array<int64_t>& counts) {
+  if (kind < 0 || kind >= kKinds) {
+    throw py::value_error("kind must be 0 to " + std::to_string(kKinds - 1) + " (got " +
+                          std::to_string(kind) + ")");
+  }
+  const int64_t rows = count_rows(static_cast<Kind>(kind));
+  if (counts.ndim() != 2 || counts.shape(0) != rows) {
+    throw py::value_error("counts must be [" + std::to_string(rows) + ", channels] for kind " +
+                          std::to_string(kind));
+  }
+  return static_cast<Kind>(kind);
+}
+
+py::dict entropy_from_counts(const Array<int64_t>& counts, int64_t positions, int64_t kind) {
+  const LayerEntropy layer =
+      layer_entropy(counts.data(), counts.shape(1), positions, checked_kind(kind, counts));
+  py::dict result;
+  result["all"] = layer.all;
+  result["active"] = layer.active;
+  result["on"] = layer.on;
+  result["off"] = layer.off;
+  result["saturated"] = layer.saturated;
+  result["mixed"] = layer.mixed;
+  result["nonfinite"] = layer.nonfinite;
+  return result;
+}
+
+std::tuple<Array<double>, Array<uint8_t>> neurons_from_counts(const Array<int64_t>& counts,
+                                                              int64_t positions, int64_t kind) {
+  const Kind rectifier = checked_kind(kind, counts);
+  if (positions <= 0) throw py::value_error("neurons have a state once a position was counted");
+  const int64_t channels = counts.shape(1);
+  Array<double> bits(channels);
+  Array<uint8_t> states(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    const Neuron neuron = neuron_of(counts.data(), channels, c, positions, rectifier);
+    bits.mutable_at(c) = neuron.bits;
+    states.mutable_at(c) = static_cast<uint8_t>(neuron.state);
+  }
+  return {bits, states};
+}
+
+std::vector<int64_t> budget(const std::vector<double>& entropy,
+                            const std::vector<double>& importance,
+                            const std::vector<int64_t>& caps, int64_t total) {
+  if (entropy.size() != caps.size() || importance.size() != caps.size()) {
+    throw py::value_error("entropy, importance and caps must have one entry per layer");
+  }
+  for (size_t i = 0; i < caps.size(); ++i) {
+    if (!std::isfinite(entropy[i]) || !std::isfinite(importance[i]) || importance[i] < 0) {
+      throw py::value_error("entropy and mean|w| of layer " + std::to_string(i) +
+                            " must be finite; the network holds NaN or infinite values");
+    }
+  }
+  return entropy_budget(entropy, importance, caps, total);
+}
+
+std::vector<int64_t> shares(const std::vector<double>& wanted, const std::vector<int64_t>& caps,
+                            int64_t total) {
+  if (wanted.size() != caps.size()) throw py::value_error("wanted and caps must have equal lengths");
+  return round_to_total(wanted, caps, total);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Host-side core of layer_collapse; importing it also registers torch.ops.layer_collapse";
   m.def("build_info", &build_info, "Compiler, C++ standard, instruction set in use, torch ABI target");
+  m.def("entropy_from_counts", &entropy_from_counts, py::arg("counts"), py::arg("positions"),
+        py::arg("kind"),
+        "Layer entropy in bits (all, active) and numbers of neurons per state from counts "
+        "[rows, channels] int64");
+  m.def("neurons_from_counts", &neurons_from_counts, py::arg("counts"), py::arg("positions"),
+        py::arg("kind"),
+        "Per neuron: entropy in bits [channels] float64 and state [channels] uint8 "
+        "(0 mixed, 1 on, 2 off, 3 saturated, 4 nonfinite)");
+  m.def("entropy_budget", &budget, py::arg("entropy"), py::arg("importance"), py::arg("caps"),
+        py::arg("total"), "Weights to prune per layer by the entropy-guided rule (core/budget.h)");
+  m.def("round_to_total", &shares, py::arg("wanted"), py::arg("caps"), py::arg("total"),
+        "Largest-remainder rounding to an exact total under caps");
 }
 
 }  // namespace layer_collapse

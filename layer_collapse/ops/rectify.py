@@ -1,0 +1,240 @@
+"""Rectifiers that count the signs of their input on the way: op, autograd, plain-PyTorch twin.
+
+Gradients are those of torch's own backward kernels, so they are bit-identical to an untracked
+model's and can be differentiated again. An ``autograd.Function`` around the mutating op costs less
+per call than ``torch.library.register_autograd`` on a functional one (which would have to return
+the counts), and traces under ``torch.compile(fullgraph=True)`` just as well.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _C  # noqa: F401 - importing the module registers the ops
+from ..measure.rectifiers import KINDS, Call, Kind
+
+HEADER = 2  # ledger words before the counts: enabled, positions
+ENABLED, POSITIONS = 0, 1
+
+_aten = torch.ops.aten
+_ops = torch.ops.layer_collapse
+
+
+def new_ledger(kind: Kind, channels: int, device: torch.device | str = "cpu") -> Tensor:
+    """An empty, enabled ledger: [2 + rows * channels] int64 = {enabled, positions, counts}."""
+    ledger = torch.zeros(HEADER + kind.rows * channels, dtype=torch.int64, device=device)
+    ledger[ENABLED] = 1
+    return ledger
+
+
+def counts_of(ledger: Tensor, kind: Kind) -> Tensor:
+    """The counters of a ledger as a [rows, channels] int64 view (z > 0, z < 0, NaN, ...)."""
+    return ledger[HEADER:].view(kind.rows, -1)
+
+
+@torch.library.register_fake("layer_collapse::rectify")
+def _(
+    x: Tensor,
+    ledger: Tensor,
+    kind: int,
+    channel_dim: int,
+    slope: float,
+    weight: Tensor | None,
+    valid: Tensor | None,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("layer_collapse::rectify_")
+def _(
+    x: Tensor,
+    ledger: Tensor,
+    kind: int,
+    channel_dim: int,
+    slope: float,
+    weight: Tensor | None,
+    valid: Tensor | None,
+) -> None:
+    return None
+
+
+def _forward(call: Call, ledger: Tensor, channel_dim: int, valid: Tensor | None) -> Tensor:
+    x = call.x
+    arguments = (ledger, call.kind.code, channel_dim, call.slope, call.weight, valid)
+    if call.inplace:
+        _ops.rectify_(x, *arguments)
+        return x
+    return _ops.rectify(x, *arguments)
+
+
+def _backward(kind: Kind, grad: Tensor, saved: Tensor, slope: float) -> Tensor:
+    """Gradient of a rectifier by torch's own kernel; ``saved`` is x, or y for ReLU."""
+    match kind.name:
+        case "relu":
+            return _aten.threshold_backward(grad, saved, 0)
+        case "relu6":
+            return _aten.hardtanh_backward(grad, saved, 0.0, 6.0)
+        case "leaky_relu":
+            return _aten.leaky_relu_backward(grad, saved, slope, False)
+        case "gelu" | "gelu_tanh":
+            approximate = "tanh" if kind.name == "gelu_tanh" else "none"
+            return _aten.gelu_backward(grad, saved, approximate=approximate)
+        case "silu":
+            return _aten.silu_backward(grad, saved)
+        case _:
+            return _aten.hardswish_backward(grad, saved)
+
+
+class _Rectify(torch.autograd.Function):
+    """Every rectifier but PReLU."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        ledger: Tensor,
+        kind: str,
+        channel_dim: int,
+        slope: float,
+        valid: Tensor | None,
+    ) -> Tensor:
+        rectifier = KINDS[kind]
+        y = _ops.rectify(x, ledger, rectifier.code, channel_dim, slope, None, valid)
+        # ReLU keeps its result, as torch does: it is needed downstream anyway.
+        ctx.save_for_backward(y if kind == "relu" else x)
+        ctx.kind, ctx.slope = kind, slope
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (saved,) = ctx.saved_tensors
+        return _backward(KINDS[ctx.kind], grad, saved, ctx.slope), None, None, None, None, None
+
+
+class _Prelu(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        ledger: Tensor,
+        channel_dim: int,
+        valid: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _ops.rectify(x, ledger, KINDS["prelu"].code, channel_dim, 0.0, weight, valid)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        # torch's PReLU has its weight on dim 1 (on dim 0 for a vector), whatever feeds it
+        shape = [1] * x.dim()
+        shape[1 if x.dim() > 1 else 0] = -1
+        grad_x, grad_weight = _aten._prelu_kernel_backward(grad, x, weight.view(shape))
+        reduced = [d for d, size in enumerate(shape) if size == 1 or weight.numel() == 1]
+        return grad_x, grad_weight.sum(reduced).view_as(weight), None, None, None
+
+
+class _RectifyInPlace(torch.autograd.Function):
+    """x becomes y. Only for rectifiers whose gradient can be told from y, as in torch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        ledger: Tensor,
+        kind: str,
+        channel_dim: int,
+        slope: float,
+        valid: Tensor | None,
+    ) -> Tensor:
+        _ops.rectify_(x, ledger, KINDS[kind].code, channel_dim, slope, None, valid)
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x)
+        ctx.kind, ctx.slope = kind, slope
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (y,) = ctx.saved_tensors
+        if ctx.kind == "relu":
+            grad_x = _aten.threshold_backward(grad, y, 0)
+        elif ctx.kind == "relu6":
+            grad_x = _aten.hardtanh_backward(grad, y, 0.0, 6.0)
+        else:
+            grad_x = _aten.leaky_relu_backward(grad, y, ctx.slope, True)
+        return grad_x, None, None, None, None, None
+
+
+def rectify(
+    call: Call, ledger: Tensor, channel_dim: int, valid: Tensor | None = None
+) -> Tensor:
+    """Apply a rectifier and add the signs of its input to a ledger, in one pass.
+
+    Args:
+        call: the rectifier, its input x (float32, float64, bfloat16 or float16, any strides) and
+            its arguments.
+        ledger: :func:`new_ledger` of ``call.kind`` for ``x.shape[channel_dim]`` channels, on x's
+            device. Written unless its flag is off or autograd is replaying a forward.
+        channel_dim: the dim that the neurons lie on.
+        valid: bool, x's shape without ``channel_dim``; False positions are not counted.
+
+    Returns:
+        What torch's own function returns, bit for bit, with the same strides; x itself, changed,
+        for an in-place call.
+    """
+    kind, x = call.kind, call.x
+    if not (torch.is_grad_enabled() and (x.requires_grad or call.weight is not None)):
+        return _forward(call, ledger, channel_dim, valid)
+    if kind.name == "prelu":
+        return _Prelu.apply(x, call.weight, ledger, channel_dim, valid)
+    function = _RectifyInPlace if call.inplace else _Rectify
+    return function.apply(x, ledger, kind.name, channel_dim, call.slope, valid)
+
+
+def rectify_reference(
+    call: Call, ledger: Tensor, channel_dim: int, valid: Tensor | None = None
+) -> Tensor:
+    """The same in plain PyTorch: oracle of the tests and peer of the benchmarks."""
+    x, kind = call.x.detach(), call.kind
+    dims = [d for d in range(x.dim()) if d != channel_dim % x.dim()]
+    keep = torch.ones_like(x, dtype=torch.bool)
+    if valid is not None:
+        keep = valid.unsqueeze(channel_dim % x.dim()).expand_as(x)
+    rows = [x > 0, x < 0, x.isnan()]
+    if kind.name == "relu6":
+        rows.append(x > 6)
+    if kind.name == "hardswish":
+        rows.append((x > -3) & (x < 3))
+    if ledger[ENABLED]:
+        positions = math.prod(x.shape[d] for d in dims)
+        ledger[POSITIONS] += positions if valid is None else int(valid.sum())
+        for row, counter in zip(rows, counts_of(ledger, kind), strict=True):
+            counter += (row & keep).sum(dims) if dims else (row & keep).long()
+    return apply_torch(call)
+
+
+def apply_torch(call: Call) -> Tensor:
+    """The rectifier alone, by torch's function."""
+    functional = torch.nn.functional
+    match call.kind.name:
+        case "relu":
+            return functional.relu(call.x, call.inplace)
+        case "relu6":
+            return functional.relu6(call.x, call.inplace)
+        case "leaky_relu":
+            return functional.leaky_relu(call.x, call.slope, call.inplace)
+        case "prelu":
+            assert call.weight is not None
+            return functional.prelu(call.x, call.weight)
+        case "gelu" | "gelu_tanh":
+            approximate = "tanh" if call.kind.name == "gelu_tanh" else "none"
+            return functional.gelu(call.x, approximate=approximate)
+        case "silu":
+            return functional.silu(call.x, call.inplace)
+        case _:
+            return functional.hardswish(call.x, call.inplace)
