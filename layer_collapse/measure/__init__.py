@@ -1,0 +1,1 @@
+"""Which rectifiers a model has, counting in place of them, entropy from counts."""

@@ -9,6 +9,7 @@ the counts), and traces under ``torch.compile(fullgraph=True)`` just as well.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -170,9 +171,7 @@ class _RectifyInPlace(torch.autograd.Function):
         return grad_x, None, None, None, None, None
 
 
-def rectify(
-    call: Call, ledger: Tensor, channel_dim: int, valid: Tensor | None = None
-) -> Tensor:
+def rectify(call: Call, ledger: Tensor, channel_dim: int, valid: Tensor | None = None) -> Tensor:
     """Apply a rectifier and add the signs of its input to a ledger, in one pass.
 
     Args:
@@ -190,6 +189,10 @@ def rectify(
     kind, x = call.kind, call.x
     if not (torch.is_grad_enabled() and (x.requires_grad or call.weight is not None)):
         return _forward(call, ledger, channel_dim, valid)
+    if call.inplace and kind.name not in ("relu", "relu6", "leaky_relu"):
+        # Their gradient needs x itself: keep a copy, as torch does.
+        y = rectify(replace(call, x=x.clone(), inplace=False), ledger, channel_dim, valid)
+        return x.copy_(y)
     if kind.name == "prelu":
         return _Prelu.apply(x, call.weight, ledger, channel_dim, valid)
     function = _RectifyInPlace if call.inplace else _Rectify

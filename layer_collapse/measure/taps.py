@@ -1,0 +1,141 @@
+"""The runtime ends of tracking: what stands in for a rectifier while it is counted.
+
+A rectifier module keeps its identity, parameters and hooks: only its class is exchanged for a
+subclass with a counting ``forward`` (as ``torch.nn.utils.parametrize`` does). Functional calls
+(``F.relu``, ``x.relu()``) are caught by a ``TorchFunctionMode`` that is active during the forward of
+the modules that make them, and of no other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..ops.rectify import apply_torch, new_ledger, rectify
+from .rectifiers import Call, Kind, module_call, parse_function
+from .sites import Site
+from .valid import positions_mask
+
+#: Attribute of a tracked module that holds its tap.
+TAP = "_layer_collapse_tap"
+
+
+class Shared:
+    """What all taps of a tracker read: the mask of the positions that count."""
+
+    valid: Tensor | None = None
+    explicit: bool = False  # set by valid(mask), which goes before an attention_mask
+
+
+class Counter:
+    """One site and its ledger."""
+
+    def __init__(self, site: Site, device: torch.device) -> None:
+        self.site = site
+        self.ledger = new_ledger(site.kind, site.neurons, device)
+
+    def count(self, call: Call, valid: Tensor | None) -> Tensor:
+        site, x, original = self.site, call.x, call
+        if call.kind is not site.kind:
+            raise RuntimeError(
+                f"rectifier {site.name!r} was traced as {site.kind.name} and is called as "
+                f"{call.kind.name}: control flow changed the order of the calls; track the model "
+                "with example_inputs that take the same path"
+            )
+        if self.ledger.device != x.device:
+            self.ledger = self.ledger.to(x.device)
+        dim = site.channel_dim
+        if site.split is not None:
+            dim = dim % x.dim() + 1
+            x = x.unflatten(dim - 1, site.split)
+            call = replace(call, x=x.clone() if call.inplace else x, inplace=False)
+        elif x.shape[dim] != site.neurons:
+            raise RuntimeError(
+                f"rectifier {site.name!r}: expected {site.neurons} neurons in dim {dim} of its "
+                f"input (got shape {tuple(x.shape)}); track the model with example_inputs of the "
+                "shape that it is run on"
+            )
+        if valid is not None:
+            valid = positions_mask(valid, x.shape, dim, site.name)
+        y = rectify(call, self.ledger, dim, valid)
+        if site.split is not None:
+            y = y.flatten(dim - 1, dim + 1)
+        return original.x.copy_(y) if original.inplace and site.split is not None else y
+
+
+class Tap:
+    """Runtime end of one source of rectifier calls: sends its n-th call to the n-th ledger."""
+
+    def __init__(self, name: str, kind: Kind | None, total: int, shared: Shared) -> None:
+        self.name = name
+        self.kind = kind  # of a module; functional calls say theirs
+        self.total = total  # calls per forward of the scope, as traced
+        self.counters: dict[int, Counter] = {}  # ignored calls have none
+        self.shared = shared
+        self.calls = 0
+
+    def count(self, call: Call) -> Tensor:
+        index = 0
+        if self.total != 1:
+            index = self.calls
+            if index >= self.total:
+                return self._unexpected(call)
+            self.calls = index + 1
+        if index not in self.counters:
+            return apply_torch(call)
+        return self.counters[index].count(call, self.shared.valid)
+
+    def _unexpected(self, call: Call) -> Tensor:
+        # Activation checkpointing replays calls after the scope's forward: not counted again.
+        if self.total and torch._C._current_graph_task_id() != -1:
+            return apply_torch(call)
+        raise RuntimeError(
+            f"rectifier {self.name!r} is called more often than the traced graph shows "
+            f"({self.total} calls): control flow hides it; leave it out with ignore=... or track "
+            "the model with example_inputs that take the same path"
+        )
+
+    def restart(self, *_: Any) -> None:
+        """Forward pre-hook of the scope: the next call is the first."""
+        self.calls = 0
+
+
+class _CountingMode(TorchFunctionMode):
+    """Counts the functional rectifiers of the forward that it is active in."""
+
+    def __init__(self, tap: Tap) -> None:
+        super().__init__()
+        self.tap = tap
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        call = parse_function(func, args, kwargs)
+        return func(*args, **kwargs) if call is None else self.tap.count(call)
+
+
+_tracked_classes: dict[tuple[type, bool], type] = {}
+
+
+def tracked_class(original: type[nn.Module], functional: bool) -> type[nn.Module]:
+    """The counting subclass of a module class."""
+    key = (original, functional)
+    if key not in _tracked_classes:
+
+        def watch_functions(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with _CountingMode(getattr(self, TAP)):
+                return original.forward(self, *args, **kwargs)
+
+        def count(self: Any, input: Tensor) -> Tensor:  # the name that torch's modules use
+            tap: Tap = getattr(self, TAP)
+            assert tap.kind is not None
+            return tap.count(module_call(self, tap.kind, input))
+
+        forward = watch_functions if functional else count
+        _tracked_classes[key] = type(original.__name__, (original,), {"forward": forward})
+    return _tracked_classes[key]

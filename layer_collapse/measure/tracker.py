@@ -1,0 +1,352 @@
+"""Counting in a live model: every rectifier is replaced by one that counts signs as it activates.
+
+A rectifier module keeps its identity, parameters and hooks: only its class is exchanged for a
+subclass with a counting ``forward`` (as ``torch.nn.utils.parametrize`` does), and exchanged back by
+``remove()``. Functional calls (``F.relu``, ``x.relu()``) are caught by a ``TorchFunctionMode`` that
+is active during the forward of the modules that make them, and of no other.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..graph import ExampleInputs, rectifier_nodes, trace
+from ..ops.rectify import ENABLED, POSITIONS, apply_torch, new_ledger, rectify
+from .rectifiers import Call, Kind, module_call, module_kind, parse_function
+from .report import EntropyReport, measured
+from .sites import Site, feeding_is_empty, find_sites, scope_of, source_of
+from .valid import positions_mask
+
+_TAP = "_layer_collapse_tap"
+
+
+class _Shared:
+    """What all taps of a tracker read: the mask of the positions that count."""
+
+    valid: Tensor | None = None
+    explicit: bool = False  # set by valid(mask), which goes before an attention_mask
+
+
+class _Counter:
+    """One site and its ledger."""
+
+    def __init__(self, site: Site, device: torch.device) -> None:
+        self.site = site
+        self.ledger = new_ledger(site.kind, site.neurons, device)
+
+    def count(self, call: Call, valid: Tensor | None) -> Tensor:
+        site, x, original = self.site, call.x, call
+        if call.kind is not site.kind:
+            raise RuntimeError(
+                f"rectifier {site.name!r} was traced as {site.kind.name} and is called as "
+                f"{call.kind.name}: control flow changed the order of the calls; track the model "
+                "with example_inputs that take the same path"
+            )
+        if self.ledger.device != x.device:
+            self.ledger = self.ledger.to(x.device)
+        dim = site.channel_dim
+        if site.split is not None:
+            dim = dim % x.dim() + 1
+            x = x.unflatten(dim - 1, site.split)
+            call = replace(call, x=x.clone() if call.inplace else x, inplace=False)
+        elif x.shape[dim] != site.neurons:
+            raise RuntimeError(
+                f"rectifier {site.name!r}: expected {site.neurons} neurons in dim {dim} of its "
+                f"input (got shape {tuple(x.shape)}); track the model with example_inputs of the "
+                "shape that it is run on"
+            )
+        if valid is not None:
+            valid = positions_mask(valid, x.shape, dim, site.name)
+        y = rectify(call, self.ledger, dim, valid)
+        if site.split is not None:
+            y = y.flatten(dim - 1, dim + 1)
+        return original.x.copy_(y) if original.inplace and site.split is not None else y
+
+
+class _Tap:
+    """Runtime end of one source of rectifier calls: sends its n-th call to the n-th ledger."""
+
+    def __init__(self, name: str, kind: Kind | None, total: int, shared: _Shared) -> None:
+        self.name = name
+        self.kind = kind  # of a module; functional calls say theirs
+        self.total = total  # calls per forward of the scope, as traced
+        self.counters: dict[int, _Counter] = {}  # ignored calls have none
+        self.shared = shared
+        self.calls = 0
+
+    def count(self, call: Call) -> Tensor:
+        index = 0
+        if self.total != 1:
+            index = self.calls
+            if index >= self.total:
+                return self._unexpected(call)
+            self.calls = index + 1
+        if index not in self.counters:
+            return apply_torch(call)
+        return self.counters[index].count(call, self.shared.valid)
+
+    def _unexpected(self, call: Call) -> Tensor:
+        # Activation checkpointing replays calls after the scope's forward: not counted again.
+        if self.total and torch._C._current_graph_task_id() != -1:
+            return apply_torch(call)
+        raise RuntimeError(
+            f"rectifier {self.name!r} is called more often than the traced graph shows "
+            f"({self.total} calls): control flow hides it; leave it out with ignore=... or track "
+            "the model with example_inputs that take the same path"
+        )
+
+    def restart(self, *_: Any) -> None:
+        """Forward pre-hook of the scope: the next call is the first."""
+        self.calls = 0
+
+
+class _CountingMode(TorchFunctionMode):
+    """Counts the functional rectifiers of the forward that it is active in."""
+
+    def __init__(self, tap: _Tap) -> None:
+        super().__init__()
+        self.tap = tap
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        call = parse_function(func, args, kwargs)
+        return func(*args, **kwargs) if call is None else self.tap.count(call)
+
+
+_tracked_classes: dict[tuple[type, bool], type] = {}
+
+
+def _tracked_class(original: type[nn.Module], functional: bool) -> type[nn.Module]:
+    """The counting subclass of a module class."""
+    key = (original, functional)
+    if key not in _tracked_classes:
+        if functional:
+
+            def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+                with _CountingMode(getattr(self, _TAP)):
+                    return original.forward(self, *args, **kwargs)
+
+        else:
+
+            def forward(self: Any, input: Tensor) -> Any:  # the name that torch's modules use
+                tap = getattr(self, _TAP)
+                return tap.count(module_call(self, tap.kind, input))
+
+        _tracked_classes[key] = type(original.__name__, (original,), {"forward": forward})
+    return _tracked_classes[key]
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile's and DistributedDataParallel's wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+class EntropyTracker:
+    """Counts the signs of every rectifier's input while the model is used; see :func:`track`."""
+
+    def __init__(
+        self, model: nn.Module, example_inputs: ExampleInputs, ignore: tuple[str, ...]
+    ) -> None:
+        self.model = _unwrapped(model)
+        if any(hasattr(module, _TAP) for module in self.model.modules()):
+            raise RuntimeError("the model is tracked already; call remove() on its tracker first")
+        graph = trace(self.model, example_inputs)
+        self.sites = find_sites(graph, ignore)
+        if not self.sites:
+            raise ValueError(
+                f"{type(self.model).__name__} has no rectifier to track; expected at least one of "
+                "ReLU, ReLU6, LeakyReLU, PReLU, GELU, SiLU, Hardswish"
+            )
+        self._shared = _Shared()
+        self._classes: list[tuple[nn.Module, type[nn.Module]]] = []
+        self._hooks: list[Any] = []
+        self._counters = self._install(graph)
+        self._watch_attention_mask()
+
+    def _install(self, graph: Any) -> dict[str, _Counter]:
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        counters = {site.name: _Counter(site, device) for site in self.sites}
+        nodes = defaultdict(list)
+        for node in rectifier_nodes(graph):
+            nodes[source_of(node)].append(node)
+        for path, module in self.model.named_modules():
+            kind = module_kind(module)
+            if kind is not None and (path, False) not in nodes:
+                nodes[path, False] = []  # never called in the graph: a call will be an error
+        for (source, functional), calls in nodes.items():
+            module = self.model.get_submodule(source)
+            tap = _Tap(
+                source, None if functional else module_kind(module), len(calls), self._shared
+            )
+            for site in self.sites:
+                if (site.source, site.functional) == (source, functional):
+                    tap.counters[site.index] = counters[site.name]
+            if len(calls) > 1:
+                scope = self.model.get_submodule(scope_of(graph, calls))
+                self._hooks.append(scope.register_forward_pre_hook(tap.restart))
+            self._classes.append((module, type(module)))
+            module.__class__ = _tracked_class(type(module), functional)
+            module.__dict__[_TAP] = tap
+        return counters
+
+    def _watch_attention_mask(self) -> None:
+        """Take the mask of valid tokens from the model's own `attention_mask` argument."""
+        names = list(inspect.signature(self.model.forward).parameters)
+        if "attention_mask" not in names:
+            return
+        position = names.index("attention_mask")
+        shared = self._shared
+
+        def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            mask = kwargs.get("attention_mask")
+            if mask is None and len(args) > position:
+                mask = args[position]
+            if not shared.explicit:
+                shared.valid = mask
+
+        def drop(*_: Any) -> None:
+            if not shared.explicit:
+                shared.valid = None
+
+        self._hooks.append(self.model.register_forward_pre_hook(take, with_kwargs=True))
+        self._hooks.append(self.model.register_forward_hook(drop))
+
+    @contextmanager
+    def valid(self, mask: Tensor) -> Iterator[None]:
+        """Count only the positions where ``mask`` is true (or non-zero) inside the ``with``.
+
+        Args:
+            mask: bool or 0/1, e.g. [B, T] for token-major values [B, T, C]; broadcast over further
+                dims of positions. It goes before the model's own ``attention_mask``.
+
+        Raises:
+            RuntimeError: at the forward pass, when the mask does not fit a rectifier's positions.
+        """
+        before = (self._shared.valid, self._shared.explicit)
+        self._shared.valid, self._shared.explicit = mask, True
+        try:
+            yield
+        finally:
+            self._shared.valid, self._shared.explicit = before
+
+    def pause(self) -> None:
+        """Stop counting. The op reads a flag, so a compiled model is not compiled again."""
+        self._each_ledger(lambda ledger: ledger[ENABLED].fill_(0))
+
+    def resume(self) -> None:
+        """Count again after :meth:`pause`."""
+        self._each_ledger(lambda ledger: ledger[ENABLED].fill_(1))
+
+    def reset(self) -> None:
+        """Set every count to zero; a pause stays a pause."""
+        self._each_ledger(lambda ledger: ledger[POSITIONS:].zero_())
+
+    def _each_ledger(self, change: Callable[[Tensor], Any]) -> None:
+        for counter in self._counters.values():
+            change(counter.ledger)
+
+    def entropy(self) -> EntropyReport:
+        """What was counted since the start or the last :meth:`reset`.
+
+        Counts taken while weights move steer the pruning; only :func:`layer_collapse.scan`
+        certifies zero entropy.
+        """
+        rows = []
+        for site in self.sites:
+            empty = feeding_is_empty(self.model, site)
+            rows.append(measured(site, self._counters[site.name].ledger, empty))
+        blocked = [row for row in rows if not row.way_around and row.constant]
+        cut_by = "; ".join(
+            f"{row.name!r} is constant and nothing leads around it" for row in blocked
+        )
+        return EntropyReport(tuple(rows), cut=bool(blocked), cut_by=cut_by)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The ledgers by rectifier name: [2 + rows * C] int64, on the CPU."""
+        return {
+            name: counter.ledger.detach().cpu().clone() for name, counter in self._counters.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on counting from a :meth:`state_dict`.
+
+        Raises:
+            ValueError: other rectifiers or sizes than this model's; nothing is changed then.
+        """
+        if set(state) != set(self._counters):
+            odd = ", ".join(sorted(set(state) ^ set(self._counters)))
+            raise ValueError(f"the counts belong to another model: rectifiers differ ({odd})")
+        for name, counter in self._counters.items():
+            if state[name].shape != counter.ledger.shape or state[name].dtype != torch.int64:
+                raise ValueError(
+                    f"counts of {name!r}: expected int64 of {counter.ledger.numel()} words (got "
+                    f"{state[name].dtype} of shape {tuple(state[name].shape)})"
+                )
+        for name, counter in self._counters.items():
+            counter.ledger.copy_(state[name])
+
+    def remove(self) -> None:
+        """Give the model back exactly as it was; the counts stay readable."""
+        for module, original in self._classes:
+            module.__class__ = original
+            module.__dict__.pop(_TAP, None)
+        for hook in self._hooks:
+            hook.remove()
+        self._classes, self._hooks = [], []
+
+    def __enter__(self) -> EntropyTracker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"EntropyTracker({type(self.model).__name__}, {len(self.sites)} rectifiers)"
+
+
+def track(
+    model: nn.Module,
+    example_inputs: ExampleInputs = None,
+    *,
+    ignore: tuple[str, ...] | list[str] = (),
+) -> EntropyTracker:
+    """Count, from now on, how every rectifier of ``model`` uses its non-linearity.
+
+    Outputs, gradients, parameter names and ``state_dict`` stay as they are. Works in eager mode and
+    under ``torch.compile(fullgraph=True)``, with autocast, channels_last and activation
+    checkpointing (a replayed forward is not counted again).
+
+    Args:
+        model: any model that torch.fx can trace; its rectifiers may be modules, shared modules,
+            in-place modules or functional calls of ReLU, ReLU6, LeakyReLU, PReLU, GELU, SiLU and
+            Hardswish.
+        example_inputs: a tensor, a sequence of positional or a mapping of keyword arguments. Only
+            needed where the dim of a rectifier's neurons depends on shapes (after view, flatten,
+            transpose).
+        ignore: names of rectifiers to leave alone.
+
+    Returns:
+        The tracker; as a context manager it ends with :meth:`EntropyTracker.remove`.
+
+    Raises:
+        TraceError: the model cannot be traced, or a rectifier cannot be instrumented; named.
+        ValueError: there is no rectifier.
+    """
+    return EntropyTracker(model, example_inputs, tuple(ignore))

@@ -1,0 +1,114 @@
+"""The paper that charts are drawn on, without pyplot: nothing is shared with the caller's plots.
+
+A chart becomes a PNG on white, for print, and an SVG whose ink follows a light or dark page.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+__all__ = ["FAINT", "INK", "End", "label_ends", "new_axes", "printable", "render", "say_nothing"]
+
+INK, FAINT = "#24292f", "#d5dae0"  # text and grid on white
+_DARK_INK, _DARK_FAINT = "#d8dee6", "#3a424c"
+_RC: dict[Any, Any] = {
+    "font.size": 10,
+    "font.family": "sans-serif",
+    "text.parse_math": False,  # a "$" in a name is a "$"
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "layer_collapse",  # the same report gives the same bytes
+}
+_LONGEST_LABEL = 28  # characters
+
+End = tuple[float, float, str, str]
+"""Where a line ends, and what to write there: (x, y, name, colour)."""
+
+
+def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
+    """Return a figure of ``width`` x ``height`` inches and its axes, with only faint lines."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_axisbelow(True)
+    axes.grid(color=FAINT, lw=0.8)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(INK)
+    axes.tick_params(colors=INK, length=0, labelsize=9)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    return figure, axes
+
+
+def say_nothing(figure: Figure, axes: Axes, why: str) -> Figure:
+    """Return the figure with nothing on it but the reason."""
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, why, ha="center", va="center", color=INK, transform=axes.transAxes)
+    return figure
+
+
+def printable(name: str) -> str:
+    """Return ``name`` with control codes, which SVG forbids, shown as question marks."""
+    return "".join(c if c.isprintable() else "?" for c in name)
+
+
+def label_ends(axes: Axes, ends: list[End], gap: float) -> None:
+    """Write the name of each line to the right of the axes, close to its end and not overlapping.
+
+    Args:
+        axes: limits already set.
+        ends: one per line.
+        gap: least distance of two labels, as a part of the height of the axes.
+    """
+    low, high = axes.get_ylim()
+    # Equal ends: the first of them on top.
+    ends = sorted(ends, key=lambda end: end[1], reverse=True)[::-1]
+    # Push up from the bottom, then down from the top: a few passes over sorted heights.
+    heights = [(y - low) / (high - low) for _, y, _, _ in ends]
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    ceiling = max(1.0, gap * (len(heights) - 1))
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], ceiling - gap * (len(heights) - 1 - i))
+    for (x, y, name, colour), height in zip(ends, heights, strict=True):
+        short = (
+            name if len(name) <= _LONGEST_LABEL else name[:13] + "…" + name[14 - _LONGEST_LABEL :]
+        )
+        axes.annotate(
+            printable(short),
+            xy=(x, y),
+            xytext=(1.06, height),
+            textcoords="axes fraction",
+            annotation_clip=False,
+            va="center",
+            fontsize=9,
+            color=colour,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6}
+            | {"relpos": (0.0, 0.5), "shrinkA": 1.0, "shrinkB": 3.0},
+        )
+
+
+def render(draw: Callable[[dict[str, Any]], Figure], report: dict[str, Any]) -> tuple[bytes, bytes]:
+    """Draw a chart of ``report``.
+
+    Returns:
+        The PNG (on white, 200 dpi) and the SVG (clear, in the page's ink).
+    """
+    png, svg = io.BytesIO(), io.BytesIO()
+    with mpl.rc_context(_RC):
+        figure = draw(report)
+        figure.savefig(png, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    text = svg.getvalue().decode("utf-8")
+    text = text.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)")
+    style = (
+        f"<style>svg{{--ink:{INK};--faint:{FAINT}}}@media (prefers-color-scheme:dark)"
+        f"{{svg{{--ink:{_DARK_INK};--faint:{_DARK_FAINT}}}}}</style>"
+    )
+    return png.getvalue(), text.replace("<defs>", style + "<defs>", 1).encode("utf-8")
