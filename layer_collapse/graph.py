@@ -169,9 +169,10 @@ def _functional_dropouts_to_modules(
             "switch by themselves"
         )
     for number, node in enumerate(frozen):
-        arguments = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
+        function: Any = node.target
+        arguments = inspect.signature(function).bind(*node.args, **node.kwargs).arguments
         name = f"functional_dropout_{number}"
-        evaluation.add_submodule(name, _DROPOUTS[node.target](float(arguments.get("p", 0.5))))
+        evaluation.add_submodule(name, _DROPOUTS[function](float(arguments.get("p", 0.5))))
         with evaluation.graph.inserting_after(node):
             replacement = evaluation.graph.call_module(name, (arguments["input"],))
         replacement.meta = dict(node.meta)

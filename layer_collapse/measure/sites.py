@@ -11,6 +11,7 @@ import math
 import operator
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -173,7 +174,7 @@ class _Origins:
         before = self._input(node)
         if isinstance(called, WEIGHTED):
             last = isinstance(called, nn.Linear)
-            channels = called.out_features if last else called.out_channels
+            channels: Any = called.out_features if last else called.out_channels
             return _Origin(int(channels), -1 if last else 1, feeding=path)
         if isinstance(called, nn.Embedding):
             return _Origin(called.embedding_dim, -1, why_not="it is fed by an embedding")
@@ -230,7 +231,7 @@ class _Origins:
         before = self._input(node)
         if before is None:
             return None
-        args = node.args[1:]
+        args: tuple[Any, ...] = node.args[1:]
         if _name(node) == "permute":
             dims = list(args[0]) if len(args) == 1 and not isinstance(args[0], int) else list(args)
         else:

@@ -2,8 +2,8 @@
 
 A rectifier module keeps its identity, parameters and hooks: only its class is exchanged for a
 subclass with a counting ``forward`` (as ``torch.nn.utils.parametrize`` does). Functional calls
-(``F.relu``, ``x.relu()``) are caught by a ``TorchFunctionMode`` that is active during the forward of
-the modules that make them, and of no other.
+(``F.relu``, ``x.relu()``) are caught by a ``TorchFunctionMode`` that is active during the
+forward of the modules that make them, and of no other.
 """
 
 from __future__ import annotations

@@ -1,10 +1,4 @@
-"""Counting in a live model: every rectifier is replaced by one that counts signs as it activates.
-
-A rectifier module keeps its identity, parameters and hooks: only its class is exchanged for a
-subclass with a counting ``forward`` (as ``torch.nn.utils.parametrize`` does), and exchanged back by
-``remove()``. Functional calls (``F.relu``, ``x.relu()``) are caught by a ``TorchFunctionMode`` that
-is active during the forward of the modules that make them, and of no other.
-"""
+"""Counting in a live model: every rectifier counts signs as it activates, until ``remove()``."""
 
 from __future__ import annotations
 
@@ -12,139 +6,17 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, fx, nn
 
 from ..graph import ExampleInputs, rectifier_nodes, trace
-from ..ops.rectify import ENABLED, POSITIONS, apply_torch, new_ledger, rectify
-from .rectifiers import Call, Kind, module_call, module_kind, parse_function
+from ..ops.rectify import ENABLED, POSITIONS
+from .rectifiers import module_kind
 from .report import EntropyReport, measured
-from .sites import Site, feeding_is_empty, find_sites, scope_of, source_of
-from .valid import positions_mask
-
-_TAP = "_layer_collapse_tap"
-
-
-class _Shared:
-    """What all taps of a tracker read: the mask of the positions that count."""
-
-    valid: Tensor | None = None
-    explicit: bool = False  # set by valid(mask), which goes before an attention_mask
-
-
-class _Counter:
-    """One site and its ledger."""
-
-    def __init__(self, site: Site, device: torch.device) -> None:
-        self.site = site
-        self.ledger = new_ledger(site.kind, site.neurons, device)
-
-    def count(self, call: Call, valid: Tensor | None) -> Tensor:
-        site, x, original = self.site, call.x, call
-        if call.kind is not site.kind:
-            raise RuntimeError(
-                f"rectifier {site.name!r} was traced as {site.kind.name} and is called as "
-                f"{call.kind.name}: control flow changed the order of the calls; track the model "
-                "with example_inputs that take the same path"
-            )
-        if self.ledger.device != x.device:
-            self.ledger = self.ledger.to(x.device)
-        dim = site.channel_dim
-        if site.split is not None:
-            dim = dim % x.dim() + 1
-            x = x.unflatten(dim - 1, site.split)
-            call = replace(call, x=x.clone() if call.inplace else x, inplace=False)
-        elif x.shape[dim] != site.neurons:
-            raise RuntimeError(
-                f"rectifier {site.name!r}: expected {site.neurons} neurons in dim {dim} of its "
-                f"input (got shape {tuple(x.shape)}); track the model with example_inputs of the "
-                "shape that it is run on"
-            )
-        if valid is not None:
-            valid = positions_mask(valid, x.shape, dim, site.name)
-        y = rectify(call, self.ledger, dim, valid)
-        if site.split is not None:
-            y = y.flatten(dim - 1, dim + 1)
-        return original.x.copy_(y) if original.inplace and site.split is not None else y
-
-
-class _Tap:
-    """Runtime end of one source of rectifier calls: sends its n-th call to the n-th ledger."""
-
-    def __init__(self, name: str, kind: Kind | None, total: int, shared: _Shared) -> None:
-        self.name = name
-        self.kind = kind  # of a module; functional calls say theirs
-        self.total = total  # calls per forward of the scope, as traced
-        self.counters: dict[int, _Counter] = {}  # ignored calls have none
-        self.shared = shared
-        self.calls = 0
-
-    def count(self, call: Call) -> Tensor:
-        index = 0
-        if self.total != 1:
-            index = self.calls
-            if index >= self.total:
-                return self._unexpected(call)
-            self.calls = index + 1
-        if index not in self.counters:
-            return apply_torch(call)
-        return self.counters[index].count(call, self.shared.valid)
-
-    def _unexpected(self, call: Call) -> Tensor:
-        # Activation checkpointing replays calls after the scope's forward: not counted again.
-        if self.total and torch._C._current_graph_task_id() != -1:
-            return apply_torch(call)
-        raise RuntimeError(
-            f"rectifier {self.name!r} is called more often than the traced graph shows "
-            f"({self.total} calls): control flow hides it; leave it out with ignore=... or track "
-            "the model with example_inputs that take the same path"
-        )
-
-    def restart(self, *_: Any) -> None:
-        """Forward pre-hook of the scope: the next call is the first."""
-        self.calls = 0
-
-
-class _CountingMode(TorchFunctionMode):
-    """Counts the functional rectifiers of the forward that it is active in."""
-
-    def __init__(self, tap: _Tap) -> None:
-        super().__init__()
-        self.tap = tap
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        call = parse_function(func, args, kwargs)
-        return func(*args, **kwargs) if call is None else self.tap.count(call)
-
-
-_tracked_classes: dict[tuple[type, bool], type] = {}
-
-
-def _tracked_class(original: type[nn.Module], functional: bool) -> type[nn.Module]:
-    """The counting subclass of a module class."""
-    key = (original, functional)
-    if key not in _tracked_classes:
-        if functional:
-
-            def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-                with _CountingMode(getattr(self, _TAP)):
-                    return original.forward(self, *args, **kwargs)
-
-        else:
-
-            def forward(self: Any, input: Tensor) -> Any:  # the name that torch's modules use
-                tap = getattr(self, _TAP)
-                return tap.count(module_call(self, tap.kind, input))
-
-        _tracked_classes[key] = type(original.__name__, (original,), {"forward": forward})
-    return _tracked_classes[key]
+from .sites import feeding_is_empty, find_sites, scope_of, source_of
+from .taps import TAP, Counter, Shared, Tap, tracked_class
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -165,7 +37,7 @@ class EntropyTracker:
         self, model: nn.Module, example_inputs: ExampleInputs, ignore: tuple[str, ...]
     ) -> None:
         self.model = _unwrapped(model)
-        if any(hasattr(module, _TAP) for module in self.model.modules()):
+        if any(hasattr(module, TAP) for module in self.model.modules()):
             raise RuntimeError("the model is tracked already; call remove() on its tracker first")
         graph = trace(self.model, example_inputs)
         self.sites = find_sites(graph, ignore)
@@ -174,16 +46,16 @@ class EntropyTracker:
                 f"{type(self.model).__name__} has no rectifier to track; expected at least one of "
                 "ReLU, ReLU6, LeakyReLU, PReLU, GELU, SiLU, Hardswish"
             )
-        self._shared = _Shared()
+        self._shared = Shared()
         self._classes: list[tuple[nn.Module, type[nn.Module]]] = []
         self._hooks: list[Any] = []
         self._counters = self._install(graph)
         self._watch_attention_mask()
 
-    def _install(self, graph: Any) -> dict[str, _Counter]:
+    def _install(self, graph: fx.GraphModule) -> dict[str, Counter]:
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        counters = {site.name: _Counter(site, device) for site in self.sites}
-        nodes = defaultdict(list)
+        counters = {site.name: Counter(site, device) for site in self.sites}
+        nodes: dict[tuple[str, bool], list[fx.Node]] = defaultdict(list)
         for node in rectifier_nodes(graph):
             nodes[source_of(node)].append(node)
         for path, module in self.model.named_modules():
@@ -192,9 +64,7 @@ class EntropyTracker:
                 nodes[path, False] = []  # never called in the graph: a call will be an error
         for (source, functional), calls in nodes.items():
             module = self.model.get_submodule(source)
-            tap = _Tap(
-                source, None if functional else module_kind(module), len(calls), self._shared
-            )
+            tap = Tap(source, None if functional else module_kind(module), len(calls), self._shared)
             for site in self.sites:
                 if (site.source, site.functional) == (source, functional):
                     tap.counters[site.index] = counters[site.name]
@@ -202,8 +72,8 @@ class EntropyTracker:
                 scope = self.model.get_submodule(scope_of(graph, calls))
                 self._hooks.append(scope.register_forward_pre_hook(tap.restart))
             self._classes.append((module, type(module)))
-            module.__class__ = _tracked_class(type(module), functional)
-            module.__dict__[_TAP] = tap
+            module.__class__ = tracked_class(type(module), functional)
+            module.__dict__[TAP] = tap
         return counters
 
     def _watch_attention_mask(self) -> None:
@@ -306,7 +176,7 @@ class EntropyTracker:
         """Give the model back exactly as it was; the counts stay readable."""
         for module, original in self._classes:
             module.__class__ = original
-            module.__dict__.pop(_TAP, None)
+            module.__dict__.pop(TAP, None)
         for hook in self._hooks:
             hook.remove()
         self._classes, self._hooks = [], []

@@ -36,6 +36,7 @@ def positions_mask(mask: Tensor, shape: Sequence[int], channel_dim: int, name: s
     if len(positions) == 1 and positions[0] == lead[0]:
         return valid.flatten(1).any(1)
     raise RuntimeError(
-        f"rectifier {name!r}: the mask of valid positions has shape {tuple(mask.shape)}, which does "
-        f"not fit its positions {tuple(positions)}; pass a mask over samples or tokens, [B] or [B, T]"
+        f"rectifier {name!r}: the mask of valid positions has shape {tuple(mask.shape)}, which "
+        f"does not fit its positions {tuple(positions)}; pass a mask over samples or tokens, [B] "
+        "or [B, T]"
     )
