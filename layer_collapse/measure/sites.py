@@ -88,9 +88,6 @@ _POOLS = (
     nn.MaxPool1d,
     nn.MaxPool2d,
     nn.MaxPool3d,
-    nn.AvgPool1d,
-    nn.AvgPool2d,
-    nn.AvgPool3d,
     nn.AdaptiveAvgPool1d,
     nn.AdaptiveAvgPool2d,
     nn.AdaptiveAvgPool3d,
@@ -98,6 +95,7 @@ _POOLS = (
     nn.AdaptiveMaxPool2d,
     nn.AdaptiveMaxPool3d,
 )
+_AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _ELEMENTWISE_MODULES = (
     nn.Identity,
     nn.Dropout,
@@ -123,6 +121,12 @@ _TWO_OPERANDS |= {torch.sub, operator.isub, operator.imul, operator.truediv, tor
 _RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as"}
 _RESHAPE_FUNCTIONS = {torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, torch.unflatten}
 _REDUCTIONS = {torch.cat, torch.concat, torch.stack}
+
+
+def _padding(pool: nn.Module) -> tuple[int, ...]:
+    """A pool's padding; averaged with zeros, a constant would not stay one at the border."""
+    padding: Any = pool.padding
+    return (padding,) if isinstance(padding, int) else tuple(padding)
 
 
 def _name(node: fx.Node) -> str:
@@ -190,6 +194,8 @@ class _Origins:
         if module_kind(called) is not None:
             return self._after_rectifier(node)
         if isinstance(called, (*_ELEMENTWISE_MODULES, *_POOLS)) or hasattr(called, "channel_dim"):
+            return before
+        if isinstance(called, _AVERAGES) and not any(_padding(called)):
             return before
         if isinstance(called, nn.Flatten | nn.Unflatten):
             return self._reshaped(node)

@@ -1,0 +1,228 @@
+"""Replace rectifiers that a certifying scan found linear by per-neuron affine gates."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..graph import ExampleInputs, rectifier_nodes, submodule, trace
+from ..measure.rectifiers import module_call, parse_function
+from ..measure.report import (
+    EMPTY,
+    NEURON_OFF,
+    NEURON_SATURATED,
+    NONFINITE,
+    UNMEASURED,
+    EntropyReport,
+    RectifierEntropy,
+)
+from ..measure.scan import fingerprint
+from ..measure.sites import Site, find_sites, source_of
+from ..ops.rectify import apply_torch
+from ..prune.rounds import CutError
+from .gate import AffineGate
+
+
+@dataclass(frozen=True)
+class Linearized:
+    """A model with gates in place of rectifiers.
+
+    Attributes:
+        model: graph module with the parameter names of the original; its weights are copies.
+        exact: rectifiers replaced without any change on the scanned data.
+        approximate: rectifiers replaced although some of their neurons still switch.
+        kept: the others, with the reason.
+    """
+
+    model: fx.GraphModule
+    exact: tuple[str, ...]
+    approximate: tuple[str, ...]
+    kept: dict[str, str]
+
+
+def _chosen(
+    report: EntropyReport, names: Sequence[str] | None, tolerance: float | None
+) -> tuple[list[str], list[str], dict[str, str]]:
+    """Rectifiers to replace exactly, to replace approximately, and to keep with the reason."""
+    exact, approximate, kept = [], [], {}
+    for name in names or ():
+        report[name]  # an unknown name is an error
+    for row in report:
+        near = tolerance is not None and row.entropy <= tolerance
+        if row.state == UNMEASURED:
+            kept[row.name] = "no data reached it"
+        elif row.state == NONFINITE:
+            kept[row.name] = "its input held NaN"
+        elif names is not None and row.name not in names:
+            kept[row.name] = "not asked for"
+        elif row.zero_entropy:
+            exact.append(row.name)
+        elif near:
+            approximate.append(row.name)
+        else:
+            limit = "" if tolerance is None else f", above the tolerance of {tolerance}"
+            kept[row.name] = f"{row.mixed} neurons switch (H = {row.entropy:.4g} bits{limit})"
+            if row.mixed == 0:
+                kept[row.name] = f"{row.kind} is linear only where its layer is empty"
+    refused = [name for name in names or () if name in kept]
+    if refused:
+        raise ValueError(
+            f"rectifier {refused[0]!r} cannot be linearised: {kept[refused[0]]}; pass "
+            "tolerance=BITS to accept that its output changes"
+        )
+    return exact, approximate, kept
+
+
+def _constant_input(model: nn.Module, site: Site) -> Tensor:
+    """What an empty feeding layer and its normalisations send to the rectifier: [C]."""
+    assert site.feeding is not None
+    feeding = model.get_submodule(site.feeding)
+    weight = feeding.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(feeding, nn.Linear):
+        value = weight.new_zeros(1, feeding.in_features)
+    else:  # the smallest input with an output position; every position is alike
+        sizes = [
+            d * (k - 1) + 1 for k, d in zip(feeding.kernel_size, feeding.dilation, strict=True)  # type: ignore[arg-type]
+        ]
+        value = weight.new_zeros(1, int(feeding.in_channels), *sizes)  # type: ignore[arg-type]
+    value = feeding(value)
+    for path in site.norm:
+        value = model.get_submodule(path)(value)
+    while value.dim() > 2:
+        value = value[..., 0]
+    return value[0]
+
+
+@torch.no_grad()
+def gate_for(model: nn.Module, node: fx.Node, site: Site, row: RectifierEntropy) -> AffineGate:
+    """The gate of one rectifier: y = scale z + offset per neuron.
+
+    ReLU off (0, 0), on (1, 0); LeakyReLU and PReLU off (slope, 0); ReLU6 saturated (0, 6);
+    Hardswish as ReLU. GELU and SiLU behind an empty layer: (0, act(z)), z being a constant. A
+    neuron that still switches becomes (1, 0): identity loses least before fine-tuning.
+
+    Args:
+        model: in evaluation mode; node and site are of its graph.
+    """
+    reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    assert row.neuron_states is not None
+    states = torch.from_numpy(row.neuron_states).to(reference.device)
+    scale = torch.ones(site.neurons, dtype=reference.dtype, device=reference.device)
+    offset = torch.zeros_like(scale)
+    called = model.get_submodule(site.source) if not site.functional else None
+    if row.state == EMPTY and not site.kind.piecewise_linear:
+        call = (
+            module_call(called, site.kind, _constant_input(model, site))
+            if called is not None
+            else parse_function(node.target, (_constant_input(model, site),), node.kwargs)
+        )
+        assert call is not None
+        scale.zero_()
+        offset.copy_(apply_torch(call))
+    else:
+        off = states == NEURON_OFF
+        slope: float | Tensor = 0.0
+        if site.kind.name == "leaky_relu":
+            bound = (
+                module_call(called, site.kind, scale)
+                if called is not None
+                else parse_function(node.target, (scale, *node.args[1:]), node.kwargs)
+            )
+            assert bound is not None
+            slope = bound.slope
+        elif site.kind.name == "prelu":
+            assert isinstance(called, nn.PReLU)
+            slope = called.weight.expand(site.neurons)[off]
+        scale[off] = slope
+        scale[states == NEURON_SATURATED] = 0.0
+        offset[states == NEURON_SATURATED] = 6.0
+    if site.split is not None:  # one value per entry of the dim that holds more than channels
+        scale = scale[None, :, None].expand(site.split).reshape(-1)
+        offset = offset[None, :, None].expand(site.split).reshape(-1)
+    return AffineGate(scale, offset, channel_dim=site.channel_dim)
+
+
+def _place(graph: fx.GraphModule, node: fx.Node, site: Site, gate: AffineGate, alone: bool) -> None:
+    """Put a gate where a rectifier was called; a module with one call keeps its path."""
+    if not site.functional and alone:
+        graph.set_submodule(site.source, gate)
+        return
+    path = f"gate_{node.name}"
+    graph.add_submodule(path, gate)
+    with graph.graph.inserting_before(node):
+        replacement = graph.graph.call_module(path, (node.all_input_nodes[0],))
+    replacement.meta = dict(node.meta)
+    node.replace_all_uses_with(replacement)
+    graph.graph.erase_node(node)
+
+
+def linearize(
+    model: nn.Module,
+    entropy: EntropyReport,
+    example_inputs: ExampleInputs = None,
+    *,
+    names: Sequence[str] | None = None,
+    tolerance: float | None = None,
+) -> Linearized:
+    """Replace rectifiers of zero entropy by affine gates; exact on the scanned data.
+
+    Args:
+        model: the model that was scanned, weights unchanged since; it is left as it is.
+        entropy: report of :func:`layer_collapse.scan`.
+        example_inputs: as given to the scan.
+        names: rectifiers to replace; by default all that may be.
+        tolerance: bits; also replace rectifiers whose layer entropy (mean over all neurons) is at
+            most this, each neuron by identity unless it was never on. Their output changes, so
+            fine-tune and check the accuracy.
+
+    Raises:
+        ValueError: the report certifies nothing, belongs to other weights, or a named rectifier is
+            not linear.
+        CutError: the network is cut.
+    """
+    if not entropy.certified:
+        raise ValueError(
+            "linearize needs the report of layer_collapse.scan(model, data); counts taken while "
+            "weights move certify nothing"
+        )
+    if fingerprint(model) != entropy.fingerprint:
+        raise ValueError(
+            "the model's weights differ from those that were scanned; scan again, then linearize"
+        )
+    if entropy.cut:
+        raise CutError(
+            f"the network is cut ({entropy.cut_by}), so its zero entropies mean nothing"
+        )
+    exact, approximate, kept = _chosen(entropy, names, tolerance)
+    graph = trace(copy.deepcopy(model), example_inputs)
+    known = tuple(row.name for row in entropy)
+    sites = {site.name: site for site in find_sites(graph) if site.name in known}
+    nodes = {node.name: node for node in rectifier_nodes(graph)}
+    calls = [source_of(node) for node in nodes.values()]
+    was_training = graph.training
+    graph.eval()
+    gates = []
+    for name in (*exact, *approximate):
+        site = sites[name]
+        node = nodes[site.node]
+        if site.kind.name == "prelu" and submodule(graph, node) is None:
+            kept[name] = "a functional PReLU has its slopes in the graph"
+            continue
+        gates.append((node, site, gate_for(graph, node, site, entropy[name])))
+    for node, site, gate in gates:
+        _place(graph, node, site, gate, calls.count((site.source, site.functional)) == 1)
+    graph.graph.eliminate_dead_code()
+    graph.delete_all_unused_submodules()
+    graph.recompile()
+    graph.train(was_training)
+    return Linearized(
+        graph,
+        tuple(name for name in exact if name not in kept),
+        tuple(name for name in approximate if name not in kept),
+        kept,
+    )
