@@ -3,6 +3,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include "checks.h"
+#include "core/bitmask.h"
+
 namespace py = pybind11;
 
 namespace layer_collapse {
@@ -32,11 +35,50 @@ py::dict build_info() {
   return info;
 }
 
+// alive: bool[n] -> int32[ceil(n / 32)]
+py::array_t<int32_t> pack(const py::array& alive) {
+  check(alive.dtype().kind() == 'b' && alive.ndim() == 1,
+        "pack_mask: alive must be a one-dimensional bool array (got ", alive.ndim(),
+        " dimensions of dtype ", py::str(alive.dtype()).cast<std::string>(), ")");
+  const auto bits = py::array_t<bool, py::array::c_style>::ensure(alive);
+  py::array_t<int32_t> words(mask_words(bits.size()));
+  pack_mask(bits.data(), bits.size(), reinterpret_cast<uint32_t*>(words.mutable_data()));
+  return words;
+}
+
+const uint32_t* check_words(const char* function, const py::array& words) {
+  check(words.dtype().is(py::dtype::of<int32_t>()) && words.ndim() == 1 &&
+            (words.flags() & py::array::c_style) != 0,
+        function, ": words must be a contiguous one-dimensional int32 array (got ", words.ndim(),
+        " dimensions of dtype ", py::str(words.dtype()).cast<std::string>(), ")");
+  return static_cast<const uint32_t*>(words.data());
+}
+
+// words: int32[ceil(n / 32)] -> bool[n]
+py::array_t<bool> unpack(const py::array& words, int64_t numel) {
+  const uint32_t* bits = check_words("unpack_mask", words);
+  check(numel >= 0 && words.size() == mask_words(numel),
+        "unpack_mask: words must number ceil(n / 32) for n = ", numel, " weights (got ",
+        words.size(), ")");
+  check(!has_stray_bits(bits, numel), "unpack_mask: words must have no bit set beyond the ",
+        numel, " weights (got stray bits in the last word)");
+  py::array_t<bool> alive(numel);
+  unpack_mask(bits, numel, alive.mutable_data());
+  return alive;
+}
+
+int64_t alive_in(const py::array& words) {
+  return count_alive(check_words("count_alive", words), words.size());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Host-side core of layer_collapse; importing it also registers torch.ops.layer_collapse";
   m.def("build_info", &build_info, "Compiler, C++ standard, instruction set in use, torch ABI target");
+  m.def("pack_mask", &pack, py::arg("alive"), "bool[n] -> int32[ceil(n / 32)], 1 bit per weight");
+  m.def("unpack_mask", &unpack, py::arg("words"), py::arg("n"), "int32[ceil(n / 32)] -> bool[n]");
+  m.def("count_alive", &alive_in, py::arg("words"), "Number of bits set in int32[...]");
 }
 
 }  // namespace layer_collapse
