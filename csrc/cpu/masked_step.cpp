@@ -17,9 +17,10 @@ namespace layer_collapse {
 namespace {
 
 // Words first .. last of a tensor of `numel` weights; words[0] is word number `first`, nullptr
-// means that all weights are alive.
+// means that all weights are alive. The rule comes by value: a local copy cannot alias the weights,
+// so its numbers stay in registers.
 template <typename Rule>
-LC_INLINE void walk_words(const Rule& rule, const uint32_t* words, int64_t first, int64_t last,
+LC_INLINE void walk_words(Rule rule, const uint32_t* words, int64_t first, int64_t last,
                           int64_t numel) {
   for (int64_t number = first; number < last; ++number) {
     const int64_t base = number * kWordBits;
@@ -27,8 +28,10 @@ LC_INLINE void walk_words(const Rule& rule, const uint32_t* words, int64_t first
     const uint32_t word = words ? words[number - first] : full_word(count);
     if (word == 0) {
       rule.prune(base, count);
-    } else if (word == full_word(kWordBits)) {
-      if constexpr (Rule::kDense) rule.block(base, kWordBits, word);
+    } else if (!Rule::kDense && word == full_word(kWordBits)) {
+      continue;
+    } else if (count == kWordBits) {
+      rule.block(base, kWordBits, word);  // a trip count that the compiler knows
     } else {
       rule.block(base, count, word);
     }
@@ -111,8 +114,8 @@ void masked_sgd_(Tensors params, Tensors grads, Tensors momentum_buffers, Tensor
           static_cast<const Weight*>(slopes[i].const_data_ptr()),
           momentum != 0 ? static_cast<Weight*>(momentum_buffers[i].mutable_data_ptr()) : nullptr,
           static_cast<Real>(lr), static_cast<Real>(momentum), static_cast<Real>(1 - dampening),
-          static_cast<Real>(weight_decay), static_cast<Real>(scale), nesterov, maximize,
-          first_step, grad_scale.has_value()});
+          static_cast<Real>(weight_decay), static_cast<Real>(maximize ? -scale : scale),
+          weight_decay != 0, nesterov, first_step});
     });
   }
   run_all(views, rules);
@@ -148,7 +151,7 @@ void masked_adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_
           static_cast<Real>(std::sqrt(1 - std::pow(beta2, step))),
           static_cast<Real>(1 - lr * weight_decay), static_cast<Real>(1 - beta1),
           static_cast<Real>(beta2), static_cast<Real>(1 - beta2), static_cast<Real>(eps),
-          static_cast<Real>(scale), weight_decay != 0, maximize, grad_scale.has_value()});
+          static_cast<Real>(maximize ? -scale : scale)});
     });
   }
   if (found_inf && read_scalar(kOp, "found_inf", *found_inf) != 0) return;
