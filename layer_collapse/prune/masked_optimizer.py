@@ -15,9 +15,10 @@ from layer_collapse.prune.masks import Masks
 
 __all__ = ["MaskedOptimizer", "refuse_below"]
 
-# What a parameter looked like when its pruned weights and state were last known to be zero:
-# version of the masks, version counter and address of the weights.
-_Stamp = tuple[int, int, int]
+# What a parameter looked like when its pruned weights and state were last known to be zero: version
+# counter and address of the weights. Masks zeroes weights whenever its bits change, and that moves
+# the counter as well.
+_Stamp = tuple[int, int]
 
 
 def refuse_below(optimizer: str, low: float, **values: Any) -> None:
@@ -170,7 +171,7 @@ class MaskedOptimizer(Optimizer):
         return words
 
     def _stamp(self, parameter: Tensor) -> _Stamp:
-        return self._masks.version, parameter._version, parameter.data_ptr()
+        return parameter._version, parameter.data_ptr()
 
     def _settle(self, parameters: list[Tensor]) -> None:
         """Zeroes pruned weights and state that may not be zero, and lays state out as weights."""

@@ -24,8 +24,8 @@ class Masks:
     ordinary model whose pruned weights are 0.0. Bits count weights in C order of the logical shape,
     so they hold for any memory format, and they follow their parameters to another device.
 
-    Every change of the bits also zeroes the weights; the masked optimisers notice it by ``version``
-    and clear the state of the newly pruned weights before their next step.
+    Every change of the bits also zeroes the weights; the masked optimisers notice that by the
+    weights' version counters and clear the state of the newly pruned before their next step.
 
     Args:
         named_parameters: name to parameter, e.g. ``dict(model.named_parameters())`` or some of
