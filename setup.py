@@ -58,6 +58,9 @@ setup(
                 "-fvisibility=hidden",
                 # A fused multiply-add rounds once where torch rounds twice: keep torch's bits.
                 "-ffp-contract=off",
+                # Nobody reads errno or the exception flags; loops with sqrt or selects vectorise.
+                "-fno-math-errno",
+                "-fno-trapping-math",
                 f"-DTORCH_TARGET_VERSION={TARGET}",
                 "-DTORCH_STABLE_ONLY",
             ],

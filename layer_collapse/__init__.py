@@ -1,0 +1,57 @@
+"""Networks with fewer layers: neuron entropy, magnitude pruning and exact folding for PyTorch.
+
+    tracker = layer_collapse.track(model)            # counts signs while the model trains
+    report = layer_collapse.scan(model, data)        # certifies which rectifiers are linear
+    linear = layer_collapse.linearize(model, report)
+    folded = layer_collapse.fold(linear.model, example_inputs)
+
+or all of it, around your own training loop: :func:`layer_collapse.collapse`.
+"""
+
+import torch  # noqa: F401 - loads the libraries that the native module links against
+
+from .collapse import CollapseResult, Phase, collapse
+from .graph import TraceError
+from .measure.report import EntropyReport, RectifierEntropy
+from .measure.scan import fingerprint, scan
+from .measure.tracker import EntropyTracker, track
+from .prune.masks import Masks
+from .prune.optim import MaskedAdamW, MaskedSGD, keep_pruned
+from .prune.rounds import CutError, Guards
+from .prune.strategies import EntropyGuided, GlobalMagnitude, Strategy, UniformMagnitude
+from .reduce.fold import FoldResult, fold
+from .reduce.gate import AffineGate
+from .reduce.linearize import Linearized, linearize
+from .reduce.saving import load_folded, save_folded
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AffineGate",
+    "CollapseResult",
+    "CutError",
+    "EntropyGuided",
+    "EntropyReport",
+    "EntropyTracker",
+    "FoldResult",
+    "GlobalMagnitude",
+    "Guards",
+    "Linearized",
+    "MaskedAdamW",
+    "MaskedSGD",
+    "Masks",
+    "Phase",
+    "RectifierEntropy",
+    "Strategy",
+    "TraceError",
+    "UniformMagnitude",
+    "collapse",
+    "fingerprint",
+    "fold",
+    "keep_pruned",
+    "linearize",
+    "load_folded",
+    "save_folded",
+    "scan",
+    "track",
+]

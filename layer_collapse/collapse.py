@@ -1,6 +1,7 @@
 """The whole method: rounds of measure, prune, retrain; then linearise, fold and prove.
 
-Liao, Quétu, Nguyen, Tartaglione, "Layer Collapse Can be Induced by Unstructured Pruning", TMLR 2026.
+Liao, Quétu, Nguyen, Tartaglione, "Layer Collapse Can be Induced by Unstructured Pruning", TMLR
+2026.
 The training loop is the caller's; this module decides what is pruned when, never how to train.
 """
 
@@ -50,19 +51,25 @@ class Phase:
 
 Train = Callable[[nn.Module, Masks, Phase], None]
 Evaluate = Callable[[nn.Module], float]
+Observe = Callable[[nn.Module], dict[str, float]]
 
 
 @dataclass
 class Step:
-    """The state after one phase: sparsity of the candidates, accuracy and entropies (bits)."""
+    """The state after one phase: sparsity of the candidates, accuracy and entropies (bits).
+
+    ``observed`` is what the caller's ``observe`` saw; no choice depends on it.
+    """
 
     round: int
     phase: str
+    seed: int
     sparsity: float
     validation_accuracy: float
     entropy: dict[str, float | None]
     alive: dict[str, int]
     note: str = ""
+    observed: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -104,9 +111,10 @@ class _Run:
         example_inputs: ExampleInputs,
         settings: dict[str, Any],
         folder: Path | None,
+        observe: Observe,
         log: Callable[[str], None],
     ) -> None:
-        self.model, self.train, self.evaluate = model, train, evaluate
+        self.model, self.train, self.evaluate, self.observe = model, train, evaluate, observe
         self.data, self.example_inputs, self.log = data, example_inputs, log
         self.settings, self.seed = settings, int(settings["seed"])
         self.file = None if folder is None else folder / "state.safetensors"
@@ -135,23 +143,27 @@ class _Run:
         kinds = {"dense": 0, "prune": 1, "accept": 2}
         return Phase(kind, number, (self.seed * 3 + kinds[kind]) * 10_000 + number)
 
-    def record(self, phase: Phase, report: EntropyReport, note: str = "") -> None:
-        accuracy = self.evaluate(self.model)
+    def record(
+        self, model: nn.Module, phase: Phase, report: EntropyReport, note: str = ""
+    ) -> Step:
         step = Step(
             round=phase.number,
             phase=phase.kind,
+            seed=phase.seed,
             sparsity=self.masks.sparsity(),
-            validation_accuracy=accuracy,
+            validation_accuracy=self.evaluate(model),
             entropy={r.name: r.entropy if math.isfinite(r.entropy) else None for r in report},
             alive={name: self.masks.alive(name) for name in self.masks.names},
             note=note,
+            observed=self.observe(model),
         )
         self.history.append(step)
-        zero = len(report.zero_entropy)
         self.log(
-            f"{phase}: sparsity {100 * step.sparsity:.2f} %, validation accuracy {accuracy:.2f} %, "
-            f"{zero} of {len(report)} rectifiers at zero entropy" + (f"; {note}" if note else "")
+            f"{phase}: sparsity {100 * step.sparsity:.2f} %, validation accuracy "
+            f"{step.validation_accuracy:.2f} %, {len(report.zero_entropy)} of {len(report)} "
+            "rectifiers at zero entropy" + (f"; {note}" if note else "")
         )
+        return step
 
     def save(self) -> None:
         if self.file is None:
@@ -197,7 +209,7 @@ class _Run:
         if not self.history:
             phase = self.phase("dense", 0)
             self.train_phase(self.model, phase)
-            self.record(phase, self.scan())
+            self.record(self.model, phase, self.scan())
             self.save()
         done = self.history[-1].round
         report = self.scan() if done < rounds and not self.stopped else None
@@ -206,9 +218,7 @@ class _Run:
                 break
             phase = self.phase("prune", number)
             before = copy.deepcopy(self.model.state_dict()), self.masks.clone()
-            prune_round(
-                self.model, self.masks, report, self.sites, fraction, strategy, guards
-            )
+            prune_round(self.model, self.masks, report, self.sites, fraction, strategy, guards)
             self.train_phase(self.model, phase)
             report = self.scan()
             if report.cut:
@@ -216,9 +226,9 @@ class _Run:
                 self.model.load_state_dict(before[0])
                 self.masks.load_words({n: before[1].words(n) for n in before[1].names})
                 report = self.scan()
-                self.record(phase, report, note=self.stopped)
+                self.record(self.model, phase, report, note=self.stopped)
             else:
-                self.record(phase, report)
+                self.record(self.model, phase, report)
             self.save()
 
     def accept(self, start: Linearized, points: float) -> tuple[Linearized, list[str]]:
@@ -242,22 +252,11 @@ class _Run:
             masks, self.masks = self.masks, self.masks.clone()
             self.masks.rebind({name: weights[name] for name in self.masks.names})
             self.train_phase(tried.model, phase)
-            accuracy = self.evaluate(tried.model)
-            verdict = "kept" if accuracy >= floor else "rolled back"
-            note = f"{row.name} linearised at H = {row.entropy:.4f} bits: {verdict}"
-            self.history.append(
-                Step(
-                    round=phase.number,
-                    phase=phase.kind,
-                    sparsity=self.masks.sparsity(),
-                    validation_accuracy=accuracy,
-                    entropy={r.name: r.entropy for r in report},
-                    alive={name: self.masks.alive(name) for name in self.masks.names},
-                    note=note,
-                )
-            )
-            self.log(f"{phase}: {note} (validation accuracy {accuracy:.2f} %)")
-            if accuracy >= floor:
+            note = f"{row.name} linearised at H = {row.entropy:.4f} bits"
+            step = self.record(tried.model, phase, report, note)
+            kept = step.validation_accuracy >= floor
+            step.note += ", kept" if kept else ", rolled back"
+            if kept:
                 accepted.append(row.name)
                 current = Linearized(tried.model, start.exact, tuple(accepted), tried.kept)
             else:
@@ -280,6 +279,7 @@ def collapse(
     seed: int = 0,
     folder: Path | str | None = None,
     settings: dict[str, Any] | None = None,
+    observe: Observe = lambda model: {},
     log: Callable[[str], None] = lambda line: None,
 ) -> CollapseResult:
     """Make a network lose layers.
@@ -304,6 +304,8 @@ def collapse(
             each, while validation accuracy stays within so many points; None for none.
         folder: keeps the state after every phase; the same call goes on after an interruption.
         settings: what else identifies this run in ``folder``; JSON data.
+        observe: figures to note in the history after every phase (e.g. test accuracy).
+        log: receives one line per phase.
 
     Raises:
         ValueError: nothing to collapse, bad arguments, or ``folder`` holds another run.
@@ -321,7 +323,7 @@ def collapse(
         **(settings or {}),
     }
     folder = None if folder is None else Path(folder)
-    run = _Run(model, train, evaluate, data, example_inputs, identity, folder, log)
+    run = _Run(model, train, evaluate, data, example_inputs, identity, folder, observe, log)
     run.resume()
     run.prune(rounds, fraction, chosen, guards)
     model.eval()

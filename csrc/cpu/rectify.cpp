@@ -28,7 +28,6 @@ int get_current_graph_task_id();
 namespace layer_collapse {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kSegment = 1 << 15;  // elements of a row that one task takes
@@ -252,22 +251,16 @@ void rectify_into(const Tensor& x, Tensor& y, Tensor& ledger, Kind kind, int64_t
   if (x.numel() == 0) return;
   const void* source = x.const_data_ptr();
   void* target = y.mutable_data_ptr();
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return run_kind<float>(kind, task, source, target);
-    case ScalarType::Double: return run_kind<double>(kind, task, source, target);
-    case ScalarType::BFloat16:
-      return run_kind<torch::headeronly::BFloat16>(kind, task, source, target);
-    case ScalarType::Half: return run_kind<torch::headeronly::Half>(kind, task, source, target);
-    default: return;  // check_arguments has refused it
-  }
+  visit_weight_type(x.scalar_type(), [&]<typename T>(std::type_identity<T>) {
+    run_kind<T>(kind, task, source, target);
+  });
 }
 
 int64_t check_arguments(const Tensor& x, const Tensor& ledger, int64_t kind, int64_t channel_dim,
                         const std::optional<Tensor>& weight, const std::optional<Tensor>& valid) {
   check(kind >= 0 && kind < kKinds, "rectify: kind must be 0 to ", kKinds - 1, " (got ", kind, ")");
   const auto dtype = x.scalar_type();
-  check(dtype == ScalarType::Float || dtype == ScalarType::Double ||
-            dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+  check(is_weight_dtype(dtype),
         "rectify: x must be float32, float64, bfloat16 or float16 (got ",
         torch::headeronly::toString(dtype), ")");
   check(x.dim() >= 1, "rectify: x must have a channel dim (got a tensor of no dims)");

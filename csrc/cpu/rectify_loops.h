@@ -6,9 +6,6 @@
 // major [.., C], channels_last): every channel of a row has its own counter.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <cstdint>
 #include <type_traits>
 
@@ -16,10 +13,6 @@
 #include "cpu/dispatch.h"
 
 namespace layer_collapse {
-
-// Halves are computed in float and rounded once, as torch does.
-template <typename T>
-using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // `v < 0 ? 0 : v` and not max(v, 0): it keeps NaN and -0.0, as torch.relu does.
 struct Relu {

@@ -1,4 +1,4 @@
-"""The certifying scan: integer counts over a whole data set, in evaluation mode, weights unmoved."""
+"""The certifying scan: integer counts over a whole data set, in evaluation mode."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def call_model(model: nn.Module, batch: Batch, device: torch.device) -> Any:
-    """Run a model on a batch: a tensor, (inputs, targets, ...) or a mapping of keyword arguments."""
+    """Run a model on a batch: a tensor, (inputs, targets, ...) or a mapping of arguments."""
 
     def there(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value

@@ -87,7 +87,8 @@ def _constant_input(model: nn.Module, site: Site) -> Tensor:
         value = weight.new_zeros(1, feeding.in_features)
     else:  # the smallest input with an output position; every position is alike
         sizes = [
-            d * (k - 1) + 1 for k, d in zip(feeding.kernel_size, feeding.dilation, strict=True)  # type: ignore[arg-type]
+            d * (k - 1) + 1
+            for k, d in zip(feeding.kernel_size, feeding.dilation, strict=True)  # type: ignore[arg-type]
         ]
         value = weight.new_zeros(1, int(feeding.in_channels), *sizes)  # type: ignore[arg-type]
     value = feeding(value)
@@ -195,9 +196,7 @@ def linearize(
             "the model's weights differ from those that were scanned; scan again, then linearize"
         )
     if entropy.cut:
-        raise CutError(
-            f"the network is cut ({entropy.cut_by}), so its zero entropies mean nothing"
-        )
+        raise CutError(f"the network is cut ({entropy.cut_by}), so its zero entropies mean nothing")
     exact, approximate, kept = _chosen(entropy, names, tolerance)
     graph = trace(copy.deepcopy(model), example_inputs)
     known = tuple(row.name for row in entropy)

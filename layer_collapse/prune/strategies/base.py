@@ -37,7 +37,10 @@ class PrunableLayer:
 class Strategy(Protocol):
     """Decides how many weights each candidate loses; which ones is always smallest |w| first."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What the command line and reports call it."""
+        ...
 
     def budget(self, layers: Sequence[PrunableLayer], total: int, masks: Masks) -> list[int]:
         """Weights to prune per layer: at most ``total`` together, each at most its cap."""

@@ -1,0 +1,111 @@
+// A list of tensors with one mask each, and the loops over its words that all threads share. Sparse
+// tensors never get here: the dispatcher has no kernel for them.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "checks.h"
+#include "core/bitmask.h"
+#include "core/strided_walk.h"
+#include "cpu/dispatch.h"
+
+namespace layer_collapse {
+
+using torch::stable::Tensor;
+
+// About 32 thousand weights: below that a second thread costs more than it brings.
+inline constexpr int64_t kGrainWords = 1024;
+
+struct MaskedTensor {
+  ScalarType dtype;
+  int64_t numel;
+  uint32_t* words;   // nullptr: every weight is alive
+  bool contiguous;   // mask order and memory order are the same
+  StridedWalk walk;  // otherwise: what the op made of the strides
+};
+
+inline std::string describe_shape(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t size : tensor.sizes()) {
+    text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  }
+  return text + "]";
+}
+
+inline void check_length(const char* op, const char* list, size_t length, size_t expected) {
+  check(length == expected, op, ": ", list, " must hold one tensor per weight tensor (got ", length,
+        " for ", expected, ")");
+}
+
+inline void check_weights(const char* op, const char* list, size_t i, const Tensor& tensor) {
+  check(is_weight_dtype(tensor.scalar_type()), op, ": ", list, "[", i,
+        "] must be float32, float64, bfloat16 or float16 (got ",
+        torch::headeronly::toString(tensor.scalar_type()), ")");
+}
+
+// words[i] of the mask for `tensor`, or nullptr for an empty mask. The bits stay the caller's.
+inline uint32_t* check_mask(const char* op, size_t i, const Tensor& mask, const Tensor& tensor) {
+  check(mask.scalar_type() == ScalarType::Int, op, ": masks[", i, "] must be int32 (got ",
+        torch::headeronly::toString(mask.scalar_type()), ")");
+  if (mask.numel() == 0) return nullptr;
+  const int64_t numel = tensor.numel();
+  check(mask.dim() == 1 && mask.is_contiguous() && mask.numel() == mask_words(numel), op,
+        ": masks[", i, "] must be contiguous of shape [", mask_words(numel), "] for ", numel,
+        " weights (got shape ", describe_shape(mask), ")");
+  auto* words = static_cast<uint32_t*>(mask.data_ptr());
+  check(!has_stray_bits(words, numel), op, ": masks[", i, "] must have no bit set beyond its ",
+        numel, " weights (got stray bits in the last word)");
+  return words;
+}
+
+inline std::vector<int64_t> to_vector(torch::headeronly::IntHeaderOnlyArrayRef values) {
+  return {values.begin(), values.end()};
+}
+
+// For loops along memory: any dense tensor, channels_last included.
+inline MaskedTensor view_in_memory_order(const char* op, const char* list, size_t i,
+                                         const Tensor& tensor, const Tensor& mask) {
+  check_weights(op, list, i, tensor);
+  MaskedTensor view{tensor.scalar_type(), tensor.numel(), check_mask(op, i, mask, tensor),
+                    tensor.is_contiguous(), {}};
+  check(view.contiguous || memory_walk(to_vector(tensor.sizes()), to_vector(tensor.strides()),
+                                       view.walk),
+        op, ": ", list, "[", i, "] must be dense, without gaps or overlaps (got shape ",
+        describe_shape(tensor), " in a strided view)");
+  return view;
+}
+
+// For loops along the mask: any strides.
+inline MaskedTensor view_in_mask_order(const char* op, const char* list, size_t i,
+                                       const Tensor& tensor, const Tensor& mask) {
+  check_weights(op, list, i, tensor);
+  return {tensor.scalar_type(), tensor.numel(), check_mask(op, i, mask, tensor),
+          tensor.is_contiguous(), {to_vector(tensor.sizes()), to_vector(tensor.strides())}};
+}
+
+// body(tensor, first_word, last_word) for ranges that cover every word of every tensor once, spread
+// over the threads as if all tensors were one. The cuts depend on the number of threads, so a body
+// must give the same result however its range is cut.
+template <typename Body>
+void parallel_word_ranges(const std::vector<MaskedTensor>& tensors, const Body& body) {
+  std::vector<int64_t> first{0};  // [tensors + 1]: where each tensor's words begin
+  for (const MaskedTensor& tensor : tensors) {
+    first.push_back(first.back() + mask_words(tensor.numel));
+  }
+  torch::stable::parallel_for(0, first.back(), kGrainWords, [&](int64_t begin, int64_t end) {
+    size_t i = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
+    for (; begin < end; ++i) {
+      const int64_t stop = std::min(end, first[i + 1]);
+      if (begin < stop) body(i, begin - first[i], stop - first[i]);
+      begin = stop;
+    }
+  });
+}
+
+}  // namespace layer_collapse

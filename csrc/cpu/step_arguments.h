@@ -1,0 +1,75 @@
+// What a masked step asks of its arguments, checked before anything is written.
+#pragma once
+
+#include <vector>
+
+#include "cpu/masked_tensors.h"
+
+namespace layer_collapse {
+
+using Tensors = std::vector<Tensor>;
+
+// Whether element i of both lies at the same place in memory, for every i.
+inline bool same_layout(const Tensor& left, const Tensor& right) {
+  if (left.dim() != right.dim()) return false;
+  for (int64_t dim = 0; dim < left.dim(); ++dim) {
+    if (left.size(dim) != right.size(dim)) return false;
+    if (left.size(dim) > 1 && left.stride(dim) != right.stride(dim)) return false;
+  }
+  return true;
+}
+
+inline std::vector<MaskedTensor> view_params(const char* op, const Tensors& params,
+                                             const Tensors& masks) {
+  check_length(op, "masks", masks.size(), params.size());
+  std::vector<MaskedTensor> views;
+  for (size_t i = 0; i < params.size(); ++i) {
+    views.push_back(view_in_memory_order(op, "params", i, params[i], masks[i]));
+  }
+  return views;
+}
+
+inline void check_state(const char* op, const char* list, const Tensors& state,
+                        const Tensors& params) {
+  check_length(op, list, state.size(), params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    check(state[i].scalar_type() == params[i].scalar_type() && same_layout(state[i], params[i]), op,
+          ": ", list, "[", i, "] must have the shape, strides and dtype of its parameter (got ",
+          describe_shape(state[i]), " ", torch::headeronly::toString(state[i].scalar_type()),
+          " for ", describe_shape(params[i]), " ",
+          torch::headeronly::toString(params[i].scalar_type()), ")");
+  }
+}
+
+// Gradients in the memory order of their parameters; autograd may deliver another one.
+inline Tensors lay_out_grads(const char* op, const Tensors& grads, const Tensors& params) {
+  check_length(op, "grads", grads.size(), params.size());
+  Tensors result;
+  for (size_t i = 0; i < params.size(); ++i) {
+    check(to_vector(grads[i].sizes()) == to_vector(params[i].sizes()) &&
+              grads[i].scalar_type() == params[i].scalar_type(),
+          op, ": grads[", i, "] must have the shape and dtype of its parameter (got ",
+          describe_shape(grads[i]), " ", torch::headeronly::toString(grads[i].scalar_type()),
+          " for ", describe_shape(params[i]), " ",
+          torch::headeronly::toString(params[i].scalar_type()), ")");
+    if (same_layout(grads[i], params[i])) {
+      result.push_back(grads[i]);
+    } else {
+      Tensor copy = torch::stable::empty_like(params[i]);
+      torch::stable::copy_(copy, grads[i]);
+      result.push_back(copy);
+    }
+  }
+  return result;
+}
+
+// The one number in a float32 or float64 tensor.
+inline double read_scalar(const char* op, const char* name, const Tensor& value) {
+  check(value.numel() == 1, op, ": ", name, " must hold one number (got ", value.numel(), ")");
+  if (value.scalar_type() == ScalarType::Float) return *value.const_data_ptr<float>();
+  if (value.scalar_type() == ScalarType::Double) return *value.const_data_ptr<double>();
+  refuse(op, ": ", name, " must be float32 or float64 (got ",
+         torch::headeronly::toString(value.scalar_type()), ")");
+}
+
+}  // namespace layer_collapse

@@ -1,0 +1,253 @@
+"""``measure``, ``fold`` and ``doctor``: for people's own models and machines."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from .. import _C, __version__, checkpoint, data, models
+from ..measure.scan import scan
+from ..reduce.fold import fold
+from ..reduce.latency import compare
+from ..reduce.linearize import linearize
+from ..reduce.saving import save_folded
+from .console import add_json_flag, log, print_json, progress, results
+
+
+def add_commands(commands: Any) -> None:
+    """Register the commands."""
+    measure = commands.add_parser(
+        "measure",
+        help="entropy of every rectifier of a model",
+        description="Count the signs of every rectifier's input over a data set and print one row "
+        "per rectifier.",
+        epilog="example: layer-collapse measure --weights runs/demo/state.safetensors",
+    )
+    _add_model_arguments(measure)
+    measure.set_defaults(run=_measure)
+
+    folding = commands.add_parser(
+        "fold",
+        help="take the linear layers out of a model",
+        description="Scan a model, linearise its rectifiers of zero entropy, fold, prove, save.",
+        epilog="example: layer-collapse fold --weights runs/demo/state.safetensors --out f."
+        "safetensors",
+    )
+    _add_model_arguments(folding)
+    folding.add_argument("--out", type=Path, required=True, metavar="FILE", help="folded model")
+    folding.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="BITS",
+        help="also linearise rectifiers of at most BITS of entropy; changes the outputs",
+    )
+    folding.set_defaults(run=_fold)
+
+    doctor = commands.add_parser(
+        "doctor", help="what is built and what this machine has", description="Report the build."
+    )
+    add_json_flag(doctor)
+    doctor.set_defaults(run=_doctor)
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="NAME|MODULE:CALLABLE",
+        help=f"built-in ({', '.join(models.NAMES)}) or a callable that returns a module; default: "
+        "the model of the run that --weights belongs to",
+    )
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="safetensors file of the model's state_dict, or a run's state.safetensors",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="NAME|FILE",
+        help=f"built-in ({', '.join(data.NAMES)}) or a .safetensors or .npz file with an array x "
+        "[N, ...]; default: the data of the run",
+    )
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="where built-in data lie")
+    parser.add_argument("--batch", type=int, default=256, help="batch size of the scan")
+    add_json_flag(parser)
+
+
+def _read_weights(path: Path | None) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+    """The state_dict in a file, and the settings of the run that wrote it (or nothing)."""
+    if path is None:
+        return None, {}
+    if not path.is_file():
+        raise FileNotFoundError(f"expected weights at {path}, but there is no such file")
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is no safetensors file ({error}); save the model's state_dict with safetensors"
+        ) from error
+    if any(name.startswith("model.") for name in tensors) and "mask" in {
+        name.split(".")[0] for name in tensors
+    }:
+        _, meta = checkpoint.load(path)
+        return checkpoint.without_prefix("model.", tensors), dict(meta["settings"])
+    return tensors, {}
+
+
+def _samples(
+    choice: str | None, root: Path | None, settings: dict[str, Any]
+) -> tuple[Tensor, int | None]:
+    """The inputs to scan, [N, ...], and the number of classes where that is known."""
+    choice = choice or settings.get("data")
+    if choice is None:
+        raise ValueError("pass --data NAME or --data FILE: there is nothing to measure without")
+    if choice in data.NAMES:
+        dataset = data.load(
+            choice,
+            root,
+            seed=int(settings.get("seed", 0)),
+            train_samples=settings.get("train_samples"),
+        )
+        return dataset.train.x, dataset.classes
+    path = Path(choice)
+    if not path.is_file():
+        known = ", ".join(data.NAMES)
+        raise FileNotFoundError(f"--data must be {known} or a file; there is no file {path}")
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    else:
+        try:
+            found = safetensors.torch.load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is neither .npz nor safetensors ({error})") from error
+    if "x" not in found or found["x"].dim() < 1 or len(found["x"]) == 0:
+        raise ValueError(f"{path} must hold an array 'x' of shape [N, ...] with N >= 1")
+    return found["x"], int(found["y"].max()) + 1 if "y" in found else None
+
+
+def _build(
+    choice: str | None, settings: dict[str, Any], x: Tensor, classes: int | None
+) -> nn.Module:
+    choice = choice or settings.get("model")
+    if choice is None:
+        raise ValueError("pass --model NAME or --model MODULE:CALLABLE")
+    if choice in models.NAMES:
+        if classes is None:
+            raise ValueError(f"model {choice!r} needs labels y in the data file to know its classes")
+        return models.build(choice, tuple(x.shape[1:]), classes, **settings.get("options", {}))
+    module_name, _, attribute = choice.partition(":")
+    if not attribute:
+        raise ValueError(
+            f"unknown model {choice!r}; choose from {', '.join(models.NAMES)} or write "
+            "MODULE:CALLABLE"
+        )
+    sys.path.insert(0, "")  # as `python -m` does: the user's own file lies here
+    try:
+        build = getattr(importlib.import_module(module_name), attribute, None)
+    except ImportError as error:
+        raise ImportError(f"cannot import {module_name!r} for --model ({error})") from error
+    if not callable(build):
+        raise ValueError(f"{module_name!r} has no callable {attribute!r} for --model")
+    model = build()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{choice} must return a torch.nn.Module (got {type(model).__name__})")
+    return model
+
+
+def _load(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor, list[Tensor]]:
+    """The model with its weights, example inputs and batches to scan."""
+    state, settings = _read_weights(arguments.weights)
+    x, classes = _samples(arguments.data, arguments.data_root, settings)
+    model = _build(arguments.model, settings, x, classes)
+    if state is not None:
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{arguments.weights} does not fit the model: {reason}") from error
+    if arguments.batch < 1:
+        raise ValueError(f"--batch must be 1 or more (got {arguments.batch})")
+    return model.eval(), x[: arguments.batch], list(x.split(arguments.batch))
+
+
+def _scan(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor, Any]:
+    model, example, batches = _load(arguments)
+    report = scan(
+        model, batches, example, progress=lambda them: progress(them, "scan", len(batches))
+    )
+    return model, example, report
+
+
+def _measure(arguments: argparse.Namespace) -> int:
+    _, _, report = _scan(arguments)
+    if arguments.json:
+        print_json(report.to_dict())
+    else:
+        results.print(str(report), markup=False, soft_wrap=True)
+    return 0
+
+
+def _fold(arguments: argparse.Namespace) -> int:
+    model, example, report = _scan(arguments)
+    linear = linearize(model, report, example, tolerance=arguments.tolerance)
+    result = fold(linear.model, example)
+    save_folded(result.model, arguments.out)
+    latency = compare(model, result.model, example)
+    gone = (*linear.exact, *linear.approximate)
+    if arguments.json:
+        print_json(
+            {
+                "entropy": report.to_dict(),
+                "linearized": {"exact": linear.exact, "approximate": linear.approximate},
+                "kept": linear.kept,
+                "fold": result.report.to_dict(),
+                "latency_ms": vars(latency),
+                "file": str(arguments.out),
+            }
+        )
+    else:
+        results.print(str(report), markup=False, soft_wrap=True)
+        results.print(str(result.report), markup=False, soft_wrap=True)
+        results.print(
+            f"latency {latency.before:.3f} -> {latency.after:.3f} ms (batch {latency.batch}, "
+            f"{latency.threads} threads); saved to {arguments.out}",
+            markup=False,
+        )
+    if not gone:
+        log("no rectifier has zero entropy, so no layer left the network")
+    return 0 if gone else 1
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    facts = {
+        "layer_collapse": __version__,
+        **{f"native_{key}": value for key, value in _C.build_info().items()},
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+        "torch_cuda": torch.version.cuda or "no CUDA in this torch",
+        "cuda_device": (
+            torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+        ),
+        "cuda_kernels": "not built: this version runs on the CPU",
+        "nvcc": shutil.which("nvcc") or "not found",
+    }
+    if arguments.json:
+        print_json(facts)
+    else:
+        width = max(len(key) for key in facts)
+        for key, value in facts.items():
+            results.print(f"{key:<{width}}  {value}", markup=False)
+    return 0

@@ -1,0 +1,1 @@
+"""Which weights go: budgets, packed masks, masked optimisers."""

@@ -1,0 +1,106 @@
+"""The plain training loop behind the command line. Your own loop plugs into ``collapse`` instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .collapse import Phase
+from .data import Split, batches
+from .graph import training_mode
+from .prune.masks import Masks
+from .prune.optim import MaskedAdamW, MaskedSGD
+
+Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
+
+
+def silent(iterable: Iterable[Any], title: str, total: int) -> Iterable[Any]:
+    """No progress bar."""
+    return iterable
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the built-in loop trains one phase: cross-entropy, cosine decay from ``lr`` to 0.
+
+    Attributes:
+        optimizer: "sgd" (momentum 0.9) or "adamw".
+        epochs: per phase; the schedule restarts in every phase.
+        dense_epochs: of the phase before the first pruning.
+    """
+
+    optimizer: str = "sgd"
+    lr: float = 0.05
+    weight_decay: float = 1e-4
+    epochs: int = 3
+    dense_epochs: int = 3
+    batch: int = 128
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in ("sgd", "adamw"):
+            raise ValueError(f"optimizer must be 'sgd' or 'adamw' (got {self.optimizer!r})")
+        if min(self.epochs, self.dense_epochs) < 0 or self.batch < 1 or self.lr <= 0:
+            raise ValueError("expected epochs >= 0, batch >= 1 and lr > 0")
+
+    def epochs_of(self, phase: Phase) -> int:
+        """Number of epochs that a phase trains for."""
+        return self.dense_epochs if phase.kind == "dense" else self.epochs
+
+
+def train_phase(
+    model: nn.Module,
+    masks: Masks,
+    phase: Phase,
+    split: Split,
+    recipe: Recipe,
+    progress: Progress = silent,
+) -> None:
+    """Train in place for one phase; pruned weights stay zero.
+
+    Raises:
+        RuntimeError: the loss is not finite.
+    """
+    epochs = recipe.epochs_of(phase)
+    steps = -(-len(split) // recipe.batch)
+    optimizer: torch.optim.Optimizer
+    if recipe.optimizer == "sgd":
+        optimizer = MaskedSGD(
+            model.parameters(), recipe.lr, 0.9, weight_decay=recipe.weight_decay, masks=masks
+        )
+    else:
+        optimizer = MaskedAdamW(
+            model.parameters(), recipe.lr, weight_decay=recipe.weight_decay, masks=masks
+        )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * steps))
+    generator = torch.Generator().manual_seed(phase.seed)
+    with training_mode(model, True):
+        for epoch in range(epochs):
+            loader = batches(split, recipe.batch, generator=generator)
+            for x, y in progress(loader, f"{phase}: epoch {epoch + 1}/{epochs}", steps):
+                loss = F.cross_entropy(model(x), y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+            if not bool(torch.isfinite(loss)):
+                raise RuntimeError(
+                    f"{phase}: the training loss is {loss.item()} after epoch {epoch + 1}; lower "
+                    f"the learning rate ({recipe.lr})"
+                )
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, split: Split, batch: int = 1000) -> torch.Tensor:
+    """Predicted class of every sample: [N] int64."""
+    with training_mode(model, False):
+        return torch.cat([model(x).argmax(1) for x, _ in batches(split, batch)])
+
+
+def accuracy(model: nn.Module, split: Split) -> float:
+    """Share of right predictions, in percent."""
+    return 100.0 * float((predictions(model, split) == split.y).double().mean())

@@ -1,0 +1,207 @@
+"""Exact magnitude selection against a stable sort."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layer_collapse import _C
+from layer_collapse.ops.magnitude import (
+    magnitude_prune_,
+    magnitude_prune_reference,
+    magnitude_shares,
+    magnitude_shares_reference,
+)
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+VALUES = [0.0, -0.0, 1.0, -1.0, 1.0000001, 0.5, math.inf, -math.inf, 1e-40, -5e-324, 6e-8, 3e38]
+
+
+def pack(alive):
+    return torch.from_numpy(_C.pack_mask(alive.flatten().numpy()))
+
+
+def alive_count(words):
+    return _C.count_alive(words.numpy())
+
+
+@st.composite
+def weights_and_masks(draw):
+    weights, masks = [], []
+    for _ in range(draw(st.integers(1, 4))):
+        count = draw(st.sampled_from([0, 1, 31, 32, 33, 64, 200]))
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+        weight = torch.randn(count, generator=generator, dtype=torch.float64)
+        if draw(st.booleans()):  # few values: ties, zeros of both signs, denormals, infinities
+            pool = torch.tensor(VALUES, dtype=torch.float64)
+            weight = pool[torch.randint(len(pool), (count,), generator=generator)]
+        weights.append(weight.to(draw(st.sampled_from(DTYPES))))
+        sparsity = draw(st.sampled_from([0.0, 0.5, 0.95, 1.0]))
+        masks.append(pack(torch.rand(count, generator=generator) >= sparsity))
+    return weights, masks
+
+
+@settings(max_examples=150, deadline=None)
+@given(weights_and_masks(), st.floats(0, 1))
+def test_shares_equal_a_stable_sort(case, fraction):
+    weights, masks = case
+    k = round(fraction * sum(map(alive_count, masks)))
+    shares = magnitude_shares(weights, masks, k)
+    assert shares.dtype == torch.int64
+    assert shares.tolist() == magnitude_shares_reference(weights, masks, k).tolist()
+
+
+@settings(max_examples=150, deadline=None)
+@given(weights_and_masks(), st.floats(0, 1))
+def test_prune_equals_a_stable_sort(case, fraction):
+    weights, masks = case
+    twins = [words.clone() for words in masks]
+    kept = [weight.clone() for weight in weights]
+    counts = [round(fraction * alive_count(words)) for words in masks]
+    expected = [alive_count(w) - c for w, c in zip(masks, counts, strict=True)]
+    magnitude_prune_(weights, masks, counts)
+    magnitude_prune_reference(weights, twins, counts)
+    assert all(map(torch.equal, masks, twins))
+    assert all(map(torch.equal, weights, kept))
+    assert list(map(alive_count, masks)) == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large(dtype):
+    torch.manual_seed(0)
+    weights = [torch.randn(300001).to(dtype), torch.randn(1000, 70).to(dtype)]
+    masks = [pack(torch.rand(w.shape) > 0.3) for w in weights]
+    for k in (1, 1000, 150000, sum(map(alive_count, masks))):
+        shares = magnitude_shares(weights, masks, k)
+        assert torch.equal(shares, magnitude_shares_reference(weights, masks, k))
+        twins = [words.clone() for words in masks]
+        ours = [words.clone() for words in masks]
+        magnitude_prune_(weights, ours, shares.tolist())
+        magnitude_prune_reference(weights, twins, shares.tolist())
+        assert all(map(torch.equal, ours, twins))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ties_go_by_logical_index_in_any_layout(dtype):
+    torch.manual_seed(0)
+    values = torch.randint(-3, 4, (8, 6, 3, 3)).to(dtype)
+    expected = pack(torch.ones(values.shape, dtype=torch.bool))
+    magnitude_prune_reference([values], [expected], [200])
+    layouts = [
+        values,
+        values.to(memory_format=torch.channels_last),
+        torch.stack([values, values], -1)[..., 1],
+    ]
+    for weight in layouts:
+        words = pack(torch.ones(values.shape, dtype=torch.bool))
+        magnitude_prune_([weight], [words], [200])
+        assert torch.equal(words, expected)
+
+
+def test_signed_zeros_tie():
+    words = pack(torch.ones(3, dtype=torch.bool))
+    magnitude_prune_([torch.tensor([0.0, -0.0, 0.0])], [words], [1])
+    assert words.item() == 0b110
+
+
+def test_ties_go_to_the_earlier_tensor():
+    masks = [pack(torch.ones(2, dtype=torch.bool)) for _ in range(3)]
+    weights = [torch.ones(2), torch.ones(2).double(), torch.ones(2).half()]
+    assert magnitude_shares(weights, masks, 3).tolist() == [2, 1, 0]
+
+
+def test_empty_mask_counts_all_as_alive():
+    none = torch.empty(0, dtype=torch.int32)
+    assert magnitude_shares([torch.arange(40.0), torch.ones(2)], [none, none], 3).tolist() == [2, 1]
+
+
+def test_pruned_nan_is_ignored_and_alive_nan_refused():
+    weights = [torch.ones(40), torch.ones(40)]
+    weights[1][7] = math.nan
+    masks = [pack(torch.ones(40, dtype=torch.bool)) for _ in range(2)]
+    before = [words.clone() for words in masks]
+    with pytest.raises(RuntimeError, match=r"^magnitude_shares: alive .* NaN in weights\[1\]\)"):
+        magnitude_shares(weights, masks, 1)
+    with pytest.raises(RuntimeError, match=r"^magnitude_prune_: alive .* NaN in weights\[1\]\)"):
+        magnitude_prune_(weights, masks, [5, 1])
+    assert all(map(torch.equal, masks, before))
+    magnitude_prune_(weights, masks, [5, 0])
+    masks[1] = pack(~weights[1].isnan())
+    assert magnitude_shares(weights, masks, 74).tolist() == [35, 39]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_of_any_payload_is_refused(dtype):
+    bits, low = {
+        torch.float32: (torch.int32, 0x7F800001),
+        torch.float64: (torch.int64, 0x7FF0000000000001),
+        torch.bfloat16: (torch.int16, 0x7F81),
+        torch.float16: (torch.int16, 0x7C01),
+    }[dtype]
+    weight = torch.ones(5, dtype=dtype)
+    weight.view(bits)[2] = low
+    with pytest.raises(RuntimeError, match="NaN"):
+        magnitude_shares([weight], [pack(torch.ones(5, dtype=torch.bool))], 1)
+
+
+def test_refusals_change_nothing():
+    weights = [torch.ones(40), torch.ones(40)]
+    masks = [pack(torch.ones(40, dtype=torch.bool)) for _ in range(2)]
+    before = [words.clone() for words in masks]
+    none = torch.empty(0, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=r"counts\[1\] must lie between 0 and the 40 .*got 41"):
+        magnitude_prune_(weights, masks, [3, 41])
+    with pytest.raises(RuntimeError, match=r"counts\[0\] must lie between 0 and the 40 .*got -1"):
+        magnitude_prune_(weights, masks, [-1, 4])
+    with pytest.raises(RuntimeError, match=r"counts must hold one number per tensor \(got 1 for 2"):
+        magnitude_prune_(weights, masks, [3])
+    with pytest.raises(RuntimeError, match=r"masks\[1\] must have bits to clear"):
+        magnitude_prune_(weights, [masks[0], none], [3, 3])
+    with pytest.raises(RuntimeError, match=r"k must lie between 0 and the 80 alive.*got 81"):
+        magnitude_shares(weights, masks, 81)
+    with pytest.raises(RuntimeError, match=r"k must lie between 0 and the 80 alive.*got -1"):
+        magnitude_shares(weights, masks, -1)
+    with pytest.raises(RuntimeError, match=r"magnitude_shares: weights must hold at least one"):
+        magnitude_shares([], [], 0)
+    with pytest.raises(RuntimeError, match=r"weights\[0\] must be float32.*got Long"):
+        magnitude_shares([torch.ones(40).long()], masks[:1], 1)
+    with pytest.raises(RuntimeError, match=r"masks must hold one tensor per weight"):
+        magnitude_shares(weights, masks[:1], 1)
+    assert all(map(torch.equal, masks, before))
+
+
+def test_several_threads_equal_one():
+    torch.manual_seed(0)
+    weights = [(torch.randn(n) * 50).round() for n in (200003, 0, 7, 90000)]
+    masks = [pack(torch.rand(w.shape) > 0.2) for w in weights]
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            words = [mask.clone() for mask in masks]
+            shares = magnitude_shares(weights, words, 150000)
+            magnitude_prune_(weights, words, shares.tolist())
+            results.append([shares, *words])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, *results))
+
+
+def test_masks_version_moves():
+    words = pack(torch.ones(40, dtype=torch.bool))
+    version = words._version
+    magnitude_prune_([torch.ones(40)], [words], [3])
+    assert words._version > version
+
+
+def test_opcheck():
+    weights = [torch.randn(40, requires_grad=True), torch.randn(3, 5).double()]
+    masks = [pack(torch.rand(w.shape) > 0.3) for w in weights]
+    ops = torch.ops.layer_collapse
+    torch.library.opcheck(ops.magnitude_shares.default, (weights, masks, 9))
+    torch.library.opcheck(ops.magnitude_prune_.default, (weights, masks, [3, 2]))

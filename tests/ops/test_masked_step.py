@@ -1,0 +1,411 @@
+"""The masked steps against their plain-PyTorch twins and against torch.optim."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layer_collapse import _C
+from layer_collapse.ops.masked_step import (
+    apply_masks_,
+    apply_masks_reference,
+    masked_adamw_,
+    masked_adamw_reference,
+    masked_sgd_,
+    masked_sgd_reference,
+    unpack_reference,
+)
+
+ops = torch.ops.layer_collapse
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SHAPES = [(0,), (), (1,), (31,), (32,), (33,), (5, 7), (70001,), (4, 6, 3, 3)]
+
+
+def pack(alive):
+    return torch.from_numpy(_C.pack_mask(alive.flatten().numpy()))
+
+
+def random_mask(shape, sparsity, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return pack(torch.rand(shape, generator=generator) >= sparsity)
+
+
+def sgd_case(shape, dtype, sparsity, layout=torch.contiguous_format, seed=0):
+    torch.manual_seed(seed)
+    words = random_mask(shape, sparsity, seed)
+    weight = torch.randn(shape).to(dtype)
+    grad = torch.randn(shape).to(dtype)
+    if weight.dim() == 4:
+        weight = weight.to(memory_format=layout)
+    state = [torch.randn_like(weight).abs() for _ in range(3)]
+    apply_masks_reference([weight, *state], [words] * 4)
+    return weight, grad, state, words
+
+
+def copies(*tensors):
+    return [tensor.clone() for tensor in tensors]
+
+
+SGD_OPTIONS = [
+    {
+        "momentum": m,
+        "dampening": d,
+        "weight_decay": w,
+        "nesterov": n,
+        "maximize": x,
+        "first_step": f,
+    }
+    for m, d, w, n, x, f in itertools.product(
+        [0.0, 0.9], [0.0, 0.3], [0.0, 0.1], [False, True], [False, True], [False, True]
+    )
+    if not (n and (m == 0 or d != 0))
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.99])
+def test_sgd_equals_twin(dtype, shape, sparsity):
+    options = SGD_OPTIONS if math.prod(shape) < 1000 else SGD_OPTIONS[-3:]
+    for kwargs in options:
+        weight, grad, (buffer, *_), words = sgd_case(shape, dtype, sparsity)
+        twin, twin_buffer = copies(weight, buffer)
+        buffers, twin_buffers = ([buffer], [twin_buffer]) if kwargs["momentum"] else ([], [])
+        masked_sgd_([weight], [grad], buffers, [words], lr=0.1, **kwargs)
+        masked_sgd_reference([twin], [grad], twin_buffers, [words], lr=0.1, **kwargs)
+        torch.testing.assert_close(weight, twin)
+        torch.testing.assert_close(buffer, twin_buffer)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_adamw_equals_twin(dtype, shape, amsgrad, maximize):
+    for weight_decay, step, beta1 in [(0.0, 1, 0.9), (0.1, 7, 0.9), (0.1, 3, 0.3)]:
+        weight, grad, state, words = sgd_case(shape, dtype, 0.5)
+        twin, *twins = copies(weight, *state)
+        kwargs = {"lr": 0.1, "weight_decay": weight_decay, "maximize": maximize, "beta1": beta1}
+        steps = [torch.tensor(float(step))]
+        lists = [[t] for t in state[:2]] + [[state[2]] if amsgrad else []]
+        twin_lists = [[t] for t in twins[:2]] + [[twins[2]] if amsgrad else []]
+        masked_adamw_([weight], [grad], *lists, [words], steps, **kwargs)
+        masked_adamw_reference([twin], [grad], *twin_lists, [words], steps, **kwargs)
+        torch.testing.assert_close(weight, twin)
+        for ours, theirs in zip(state, twins, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(0, 300),
+    sparsity=st.floats(0, 1),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+    special=st.sampled_from([0.0, -0.0, math.inf, 1e-40, 65504.0]),
+)
+def test_sgd_special_values(count, sparsity, dtype, seed, special):
+    weight, grad, (buffer, *_), words = sgd_case((count,), dtype, sparsity, seed=seed)
+    grad[::3] = special
+    twin, twin_buffer = copies(weight, buffer)
+    kwargs = {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.1}
+    masked_sgd_([weight], [grad], [buffer], [words], **kwargs)
+    masked_sgd_reference([twin], [grad], [twin_buffer], [words], **kwargs)
+    torch.testing.assert_close(weight, twin, equal_nan=True)
+    torch.testing.assert_close(buffer, twin_buffer, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_gradients_of_pruned_weights_do_not_spread(dtype):
+    weight, grad, state, words = sgd_case((1000,), dtype, 0.5)
+    alive = unpack_reference(words, weight.shape)
+    grad[~alive] = math.nan
+    masked_sgd_([weight], [grad], state[:1], [words], lr=0.1, momentum=0.9, weight_decay=0.1)
+    lists = [[t] for t in state]
+    masked_adamw_([weight], [grad], *lists, [words], [torch.tensor(1.0)], lr=0.1)
+    for tensor in (weight, *state):
+        assert tensor[~alive].eq(0).all()
+        assert tensor.isfinite().all()
+
+
+def test_first_step_zeroes_uninitialised_buffers():
+    weight, grad, _, words = sgd_case((200,), torch.float32, 0.9)
+    words[2] = 0
+    apply_masks_([weight], [words])
+    buffer = torch.full_like(weight, math.nan)
+    masked_sgd_([weight], [grad], [buffer], [words], lr=0.1, momentum=0.9, first_step=True)
+    assert buffer[~unpack_reference(words, (200,))].eq(0).all()
+    assert buffer.isfinite().all()
+
+
+def error(value, exact):
+    return (value.double() - exact).abs().max().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_half_error_is_at_most_twice_torchs(dtype, name):
+    torch.manual_seed(0)
+    start = torch.randn(5000).to(dtype)
+    grads = [torch.randn(5000).to(dtype) for _ in range(5)]
+    make = {
+        "sgd": lambda p: torch.optim.SGD([p], lr=0.1, momentum=0.9, weight_decay=0.01),
+        "adamw": lambda p: torch.optim.AdamW([p], lr=0.1, weight_decay=0.01),
+    }[name]
+    results = []
+    for kind in (torch.float64, dtype):
+        parameter = torch.nn.Parameter(start.to(kind, copy=True))
+        optimizer = make(parameter)
+        for grad in grads:
+            parameter.grad = grad.to(kind)
+            optimizer.step()
+        results.append(parameter.detach())
+    exact, plain = results
+    weight, state = start.clone(), [torch.zeros_like(start) for _ in range(2)]
+    none = torch.empty(0, dtype=torch.int32)
+    for step, grad in enumerate(grads):
+        if name == "sgd":
+            masked_sgd_(
+                [weight],
+                [grad],
+                state[:1],
+                [none],
+                lr=0.1,
+                momentum=0.9,
+                weight_decay=0.01,
+                first_step=step == 0,
+            )
+        else:
+            steps = [torch.tensor(step + 1.0)]
+            masked_adamw_(
+                [weight],
+                [grad],
+                state[:1],
+                state[1:],
+                [],
+                [none],
+                steps,
+                lr=0.1,
+                weight_decay=0.01,
+            )
+    assert error(weight, exact) <= 2 * error(plain, exact)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "transposed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mask_follows_logical_order(layout, dtype):
+    """A channels_last weight gives what a contiguous one with the same mask gives."""
+    shape = (33, 20, 3, 3)
+    plain, grad, state, words = sgd_case(shape, dtype, 0.7)
+
+    def lay_out(tensor):
+        if layout == "channels_last":
+            return tensor.clone(memory_format=torch.channels_last)
+        return tensor.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+
+    other, other_state = lay_out(plain), [lay_out(t) for t in state]
+    assert not other.is_contiguous()
+    for grads in (grad, lay_out(grad), torch.stack([grad, grad], -1)[..., 0]):
+        kwargs = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+        masked_sgd_([plain], [grad], state[:1], [words], **kwargs)
+        masked_sgd_([other], [grads], other_state[:1], [words], **kwargs)
+        steps = [torch.tensor(2.0)]
+        masked_adamw_([plain], [grad], *[[t] for t in state], [words], steps, lr=0.1)
+        masked_adamw_([other], [grads], *[[t] for t in other_state], [words], steps, lr=0.1)
+    torch.testing.assert_close(other, plain, rtol=0, atol=0)
+    for ours, theirs in zip(other_state, state, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    garbage = lay_out(torch.full(shape, math.nan, dtype=dtype))
+    apply_masks_([garbage], [words])
+    assert torch.equal(garbage.isnan(), unpack_reference(words, shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_apply_equals_twin(dtype, shape):
+    words = random_mask(shape, 0.5)
+    tensor = torch.randn(shape).to(dtype)
+    twin = tensor.clone()
+    apply_masks_([tensor], [words])
+    apply_masks_reference([twin], [words])
+    assert torch.equal(tensor, twin)
+
+
+def test_grad_scale_and_found_inf():
+    weight, grad, (buffer, *_), words = sgd_case((100,), torch.float32, 0.5)
+    scaled, buffer_scaled = copies(weight, buffer)
+    kwargs = {"lr": 0.1, "momentum": 0.9}
+    masked_sgd_([weight], [grad], [buffer], [words], **kwargs)
+    masked_sgd_(
+        [scaled],
+        [grad * 8],
+        [buffer_scaled],
+        [words],
+        grad_scale=torch.tensor(8.0),
+        found_inf=torch.tensor(0.0),
+        **kwargs,
+    )
+    assert torch.equal(weight, scaled)
+    before = copies(weight, buffer)
+    for found in (1.0, 2.0, math.nan):
+        found_inf = torch.tensor(found)
+        masked_sgd_([weight], [grad], [buffer], [words], found_inf=found_inf, **kwargs)
+        assert torch.equal(weight, before[0])
+        assert torch.equal(buffer, before[1])
+
+
+def test_several_threads_equal_one():
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            cases = [sgd_case((n,), torch.float32, 0.6, seed=n) for n in (200003, 0, 5, 90000)]
+            params, grads, states, masks = (list(column) for column in zip(*cases, strict=True))
+            lists = [[state[i] for state in states] for i in range(3)]
+            masked_sgd_(params, grads, lists[0], masks, lr=0.1, momentum=0.9)
+            masked_adamw_(params, grads, *lists, masks, [torch.tensor(3.0)] * 4, lr=0.1)
+            results.append([*params, *itertools.chain(*lists)])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("op", ["sgd", "adamw", "apply"])
+def test_backward_notices_the_write(op):
+    weight = torch.randn(40, requires_grad=True)
+    loss = (weight**2).sum()
+    grad, state = torch.ones(40), torch.zeros(40)
+    words = random_mask((40,), 0.5)
+    with torch.no_grad():
+        if op == "sgd":
+            masked_sgd_([weight], [grad], [], [words], lr=0.1)
+        elif op == "adamw":
+            steps = [torch.tensor(1.0)]
+            masked_adamw_([weight], [grad], [state], [state.clone()], [], [words], steps, lr=0.1)
+        else:
+            apply_masks_([weight], [words])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_opcheck(layout):
+    weight, grad, state, words = sgd_case((3, 5, 3, 3), torch.float32, 0.5, layout)
+    number = torch.tensor(1.0)
+    torch.library.opcheck(
+        ops.masked_sgd_.default,
+        (
+            [weight],
+            [grad],
+            state[:1],
+            [words],
+            0.1,
+            0.9,
+            0.0,
+            0.1,
+            True,
+            False,
+            False,
+            number,
+            None,
+        ),
+    )
+    torch.library.opcheck(
+        ops.masked_adamw_.default,
+        (
+            [weight],
+            [grad],
+            state[:1],
+            state[1:2],
+            state[2:],
+            [words],
+            [number],
+            0.1,
+            0.9,
+            0.99,
+            1e-8,
+            0.1,
+            False,
+            number,
+            number,
+        ),
+    )
+    torch.library.opcheck(ops.apply_masks_.default, ([weight, grad], [words, words]))
+
+
+def test_empty_lists():
+    masked_sgd_([], [], [], [], lr=0.1)
+    masked_adamw_([], [], [], [], [], [], [], lr=0.1)
+    apply_masks_([], [])
+
+
+REFUSALS = [
+    ({"masks": []}, r"masks must hold one tensor per weight tensor \(got 0 for 1\)"),
+    ({"grads": []}, r"grads must hold one tensor per weight tensor \(got 0 for 1\)"),
+    ({"buffers": []}, r"momentum_buffers must hold one tensor per weight tensor \(got 0 for 1\)"),
+    ({"params": [torch.zeros(40, dtype=torch.int32)]}, r"params\[0\] must be float32.*got Int"),
+    ({"params": [torch.zeros(80)[::2]]}, r"params\[0\] must be dense, without gaps"),
+    ({"params": [torch.zeros(1).expand(40)]}, r"params\[0\] must be dense, without gaps"),
+    ({"grads": [torch.zeros(41)]}, r"grads\[0\] must have the shape and dtype.*got \[41\] Float"),
+    ({"grads": [torch.zeros(40).double()]}, r"grads\[0\] must have the shape and dtype"),
+    ({"buffers": [torch.zeros(40).half()]}, r"momentum_buffers\[0\] must have the shape, strides"),
+    ({"buffers": [torch.zeros(80)[::2]]}, r"momentum_buffers\[0\] must have the shape, strides"),
+    ({"masks": [torch.zeros(2)]}, r"masks\[0\] must be int32 \(got Float\)"),
+    (
+        {"masks": [torch.zeros(3, dtype=torch.int32)]},
+        r"masks\[0\] must be contiguous of shape \[2\] for 40 weights.*got shape \[3\]",
+    ),
+    ({"masks": [torch.zeros(4, dtype=torch.int32)[::2]]}, r"masks\[0\] must be contiguous"),
+    (
+        {"masks": [torch.tensor([0, 256], dtype=torch.int32)]},
+        r"masks\[0\] must have no bit set beyond its 40 weights",
+    ),
+    ({"momentum": 0.0}, r"momentum_buffers must be empty without momentum \(got 1\)"),
+    ({"found_inf": torch.zeros(2)}, r"found_inf must hold one number \(got 2\)"),
+    ({"grad_scale": torch.ones((), dtype=torch.int32)}, r"grad_scale must be float32 or float64"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSALS)
+def test_sgd_refuses(change, message):
+    words = torch.tensor([-1, 255], dtype=torch.int32)
+    case = {
+        "params": [torch.ones(40)], "grads": [torch.ones(40)], "buffers": [torch.ones(40)],
+        "masks": [words], "momentum": 0.9, "found_inf": None, "grad_scale": None, **change,
+    }  # fmt: skip
+    before = [p.clone() for p in case["params"]]
+    with pytest.raises(RuntimeError, match="^masked_sgd_: " + message):
+        masked_sgd_(
+            case["params"], case["grads"], case["buffers"], case["masks"], lr=0.1,
+            momentum=case["momentum"], found_inf=case["found_inf"], grad_scale=case["grad_scale"],
+        )  # fmt: skip
+    assert all(map(torch.equal, before, case["params"]))
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong", "message"),
+    [
+        (2, [], r"exp_avgs must hold one tensor"),
+        (3, [torch.ones(3)], r"exp_avg_sqs\[0\] must have the shape"),
+        (4, [torch.ones(3)], r"max_exp_avg_sqs\[0\] must have the shape"),
+        (6, [], r"steps must hold one tensor"),
+        (6, [torch.tensor(0.0)], r"steps\[0\] must be at least 1 \(got 0\)"),
+    ],
+)
+def test_adamw_refuses(place, wrong, message):
+    lists = [[torch.ones(4)] for _ in range(5)]
+    lists += [[torch.tensor([15], dtype=torch.int32)], [torch.tensor(1.0)]]
+    lists[place] = wrong
+    with pytest.raises(RuntimeError, match="^masked_adamw_: " + message):
+        masked_adamw_(*lists, lr=0.1)
+
+
+def test_apply_refuses():
+    with pytest.raises(RuntimeError, match=r"^apply_masks_: tensors\[0\] must be float32"):
+        apply_masks_([torch.ones(3, dtype=torch.int64)], [torch.zeros(1, dtype=torch.int32)])
