@@ -209,11 +209,16 @@ def trace(model: nn.Module, example_inputs: ExampleInputs = None) -> fx.GraphMod
     return module
 
 
-def record_shapes(module: fx.GraphModule, example_inputs: ExampleInputs) -> None:
-    """Run ``module`` once in evaluation mode and note every value's shape in the graph."""
+def ordered_inputs(module: fx.GraphModule, example_inputs: ExampleInputs) -> list[Any]:
+    """Example inputs in the order of the graph's placeholders."""
     args, kwargs = _bind(module, example_inputs)
     names = [node.target for node in module.graph.nodes if node.op == "placeholder"]
-    ordered = [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]
+    return [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]
+
+
+def record_shapes(module: fx.GraphModule, example_inputs: ExampleInputs) -> None:
+    """Run ``module`` once in evaluation mode and note every value's shape in the graph."""
+    ordered = ordered_inputs(module, example_inputs)
     try:
         with torch.no_grad(), training_mode(module, False):
             ShapeProp(module).propagate(*ordered)

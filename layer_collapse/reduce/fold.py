@@ -1,0 +1,200 @@
+"""Folding: layers that pruning made linear or constant leave the network, exactly.
+
+The rules are in :mod:`layer_collapse.reduce.rules`; nothing here knows them one by one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..graph import ExampleInputs, ordered_inputs, record_shapes, trace
+from . import proof, rules
+from .holdings import remove_dead
+from .report import Fold, FoldReport, Refusal, size_of
+from .rules.constant import cut_off
+from .work import Refused, Work
+
+
+class FoldError(RuntimeError):
+    """A folded model that could not be proven equal; the message is one sentence."""
+
+
+@dataclass
+class FoldResult:
+    """The folded model, in evaluation mode, and what was done to it."""
+
+    model: fx.GraphModule
+    report: FoldReport
+
+
+def fold(model: nn.Module, example_inputs: ExampleInputs) -> FoldResult:
+    """Fold everything that can be folded exactly; what cannot stays, with its reason.
+
+    Rules, composed in float64 and stored in the model's dtypes (Liao, Quétu, Nguyen, Tartaglione,
+    "Layer Collapse Can be Induced by Unstructured Pruning", TMLR 2026):
+
+    * BatchNorm and :class:`~layer_collapse.reduce.gate.AffineGate` into the layer before (or,
+      gates, behind) them: W' = diag(a) W, b' = a b + c;
+    * neurons without weights: their row and the column that reads them leave;
+    * two linear layers in a row: W = W2 W1, b = W2 b1 + b2;
+    * branches without weights: a constant, taken up by a bias of the residual stream.
+
+    Every fold is proven by itself in float64, with its weights as they will be stored (relative
+    error at most 1e-10 for float64, 1e-5 for float32, 2e-3 for float16, 2e-2 for bfloat16), then
+    the folded model end to end on the example inputs, on normal noise and, where an image model
+    takes it, on a second size.
+
+    Args:
+        model: a module in which rectifiers may have been replaced by gates; it is not changed.
+        example_inputs: a tensor, a sequence of positional or a mapping of keyword arguments, a few
+            samples in the shape the folded model will see.
+
+    Returns:
+        The folded graph module (names of untouched layers are those of ``model``) and the report.
+        A network that would be cut, its output a constant, comes back as it was, with a refusal
+        under the rule "cut".
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: no example inputs.
+        TraceError: the model cannot be traced or does not run on the inputs.
+        FoldError: the folded model is not equal to the unfolded one; no model is returned.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fold: expected an nn.Module (got {type(model).__name__})")
+    if example_inputs is None:
+        raise ValueError(
+            "fold: expected example_inputs (got None); pass one batch of a few samples"
+        )
+    graph = _traced(model, example_inputs)
+    inputs = ordered_inputs(graph, example_inputs)
+    work = Work(copy.deepcopy(graph), copy.deepcopy(inputs))
+    report = FoldReport(before=size_of(graph), after=size_of(graph))
+    remove_dead(work.module)
+    place = cut_off(work)
+    if place is None:
+        report.folds, report.refusals = _apply_rules(work)
+        place = cut_off(work)  # rows and columns that are zero together show only now
+    if place is not None:
+        reason = "nothing leads around this layer: without it the output is a constant"
+        report.folds, report.refusals = [], [Refusal(str(place.target), "cut", reason)]
+        return FoldResult(graph, report)
+    sized = work.sized
+    folded = work.finished()
+    _prove_end_to_end(graph, folded, inputs, report, second_size=not sized)
+    report.after = size_of(folded)
+    return FoldResult(folded, report)
+
+
+def _traced(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
+    """A copy of the model as a graph in evaluation mode, shapes recorded.
+
+    The graph is what everything is proven against, so it is compared with the model first.
+    """
+    model = copy.deepcopy(model).eval()
+    if isinstance(model, fx.GraphModule):
+        record_shapes(model, example_inputs)
+        return model
+    graph = trace(model, example_inputs)
+    example = copy.deepcopy(example_inputs)
+    with torch.no_grad():
+        if isinstance(example, Tensor):
+            expected = model(example)
+        elif isinstance(example, Mapping):
+            expected = model(**example)
+        else:
+            expected = model(*(example or ()))
+        got = graph(*ordered_inputs(graph, copy.deepcopy(example_inputs)))
+    dtypes = [t.dtype for t in model.parameters() if t.is_floating_point()]
+    _, error = proof.difference(proof.doubled(got), proof.doubled(expected))
+    if not error <= proof.tolerance(dtypes):
+        raise FoldError(
+            f"fold: the traced graph of {type(model).__name__} differs from the model by "
+            f"{error:.1e} on the example inputs; make its forward deterministic in evaluation mode"
+        )
+    return graph
+
+
+def _apply_rules(work: Work) -> tuple[list[Fold], list[Refusal]]:
+    """Try the rules on every node until none applies; refusals are those of the last round."""
+    folds: list[Fold] = []
+    while True:
+        refusals: list[Refusal] = []
+        before = len(folds)
+        for name, rule in rules.RULES.items():
+            for node in list(work.module.graph.nodes):
+                if node.op == "placeholder" or node._erased:
+                    continue
+                place = str(node.target) if node.op == "call_module" else node.name
+                try:
+                    plan = rule(work, node)
+                    if plan is not None:
+                        place = plan.name
+                        folds.append(work.attempt(name, plan))
+                except Refused as refused:
+                    refusals.append(Refusal(place, name, str(refused)))
+        if len(folds) == before:
+            return folds, refusals
+
+
+def _prove_end_to_end(
+    unfolded: fx.GraphModule,
+    folded: fx.GraphModule,
+    inputs: list[Any],
+    report: FoldReport,
+    second_size: bool,
+) -> None:
+    reference = proof.Float64(copy.deepcopy(unfolded).double())
+    candidate = proof.Float64(copy.deepcopy(folded).double())
+    generator = torch.Generator().manual_seed(1)
+    limit = proof.tolerance(
+        [t.dtype for t in unfolded.state_dict().values() if t.is_floating_point()]
+    )
+    samples = [proof.doubled(inputs), proof.noise(inputs, generator)]
+    if second_size and (larger := _larger(inputs)) is not None:
+        samples.append(proof.noise(larger, generator))
+    for number, sample in enumerate(samples):
+        try:
+            expected = reference.run(*copy.deepcopy(sample))
+        except Exception as error:
+            if number == 2:
+                return  # the model takes one size only
+            raise FoldError(
+                "fold: the unfolded model does not run in float64, in which folds are proven "
+                f"({proof.first_line(error)}); keep casts to a fixed dtype out of its forward"
+            ) from error
+        if number and proof.has_nan(expected):
+            continue  # noise that the model itself cannot digest proves nothing
+        try:
+            got = candidate.run(*copy.deepcopy(sample))
+        except Exception as error:
+            raise FoldError(
+                f"fold: the folded model does not run ({proof.first_line(error)}), so none is "
+                "returned; fold fewer layers"
+            ) from error
+        max_abs, max_rel = proof.difference(got, expected)
+        if not max_rel <= limit:
+            raise FoldError(
+                f"fold: the folded model differs from the unfolded one by {max_rel:.1e} relative "
+                f"(limit {limit:.0e}), so none is returned; fold fewer layers or store the model "
+                "in a wider dtype"
+            )
+        report.max_abs = max(report.max_abs, max_abs)
+        report.max_rel = max(report.max_rel, max_rel)
+        report.checked_sizes.append([list(t.shape) for t in sample if isinstance(t, Tensor)])
+
+
+def _larger(inputs: list[Any]) -> list[Any] | None:
+    """A single image batch [N, C, H, W] made 4 pixels taller and wider, or None."""
+    if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].ndim != 4:
+        return None
+    if not inputs[0].is_floating_point():
+        return None
+    n, c, h, w = inputs[0].shape
+    return [inputs[0].new_zeros(n, c, h + 4, w + 4)]

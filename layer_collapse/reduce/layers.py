@@ -1,0 +1,229 @@
+"""Arithmetic on the weights of single layers, in the dtype they have (float64 while folding)."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from ..graph import BATCH_NORM, WEIGHTED
+from .gate import AffineGate
+
+CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+DROPOUT = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+#: Modules that map every element by itself, whatever its place.
+ELEMENTWISE = (
+    nn.Identity,
+    *DROPOUT,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Hardswish,
+    nn.Sigmoid,
+    nn.Hardsigmoid,
+    nn.LogSigmoid,
+    nn.Tanh,
+    nn.Hardtanh,
+    nn.ELU,
+    nn.CELU,
+    nn.SELU,
+    nn.Mish,
+    nn.Softplus,
+    nn.Softsign,
+)
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a layer that has one."""
+    assert isinstance(module.weight, Tensor)
+    return module.weight.detach()
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """The bias of a layer, or None."""
+    return module.bias.detach() if isinstance(module.bias, Tensor) else None
+
+
+def spatial_dims(module: nn.Module) -> int:
+    """1, 2 or 3 for a (transposed) convolution, 0 for any other module."""
+    for number, kinds in enumerate(zip(CONV, CONV_TRANSPOSE, strict=True), start=1):
+        if type(module) in kinds:
+            return number
+    return 0
+
+
+def channel_dim(module: nn.Module, ndim: int) -> int | None:
+    """Dim of the channels in a value of rank ``ndim`` that a layer gives; None where unknown."""
+    if type(module) in (nn.Linear, nn.LayerNorm):
+        return ndim - 1
+    if type(module) in BATCH_NORM:
+        return 1 if ndim >= 2 else None
+    if type(module) is AffineGate:
+        return module.channel_dim % ndim
+    if spatial_dims(module):
+        return 1 if ndim == spatial_dims(module) + 2 else None  # an image without batch has 0
+    return None
+
+
+def per_channel(value: Tensor, shape: tuple[int, ...], dim: int) -> Tensor | None:
+    """``value`` (aligned with the last dims of ``shape``) as one number per channel, or None.
+
+    Returns:
+        [shape[dim]] if the value changes along ``dim`` alone.
+    """
+    if value.ndim > len(shape):
+        return None
+    aligned = value.reshape((1,) * (len(shape) - value.ndim) + tuple(value.shape))
+    if any(size != 1 for place, size in enumerate(aligned.shape) if place != dim):
+        return None
+    return aligned.flatten().expand(shape[dim]).clone()
+
+
+def with_tensors(module: nn.Module, **tensors: Tensor | None) -> nn.Module:
+    """A copy of a layer with some parameters or buffers replaced; strides and flags are kept.
+
+    A parameter that was None (a missing bias) becomes one. A weight that was channels_last stays
+    so.
+    """
+    new = copy.copy(module)
+    new._parameters = dict(module._parameters)
+    new._buffers = dict(module._buffers)
+    trainable = any(p.requires_grad for p in module.parameters(recurse=False))
+    for name, tensor in tensors.items():
+        old = getattr(module, name)
+        if tensor is not None and old is not None:
+            tensor = _as_laid_out(old, tensor)
+        if name in module._buffers:
+            new._buffers[name] = tensor
+        elif tensor is None:
+            new._parameters[name] = None
+        else:
+            keeps = old.requires_grad if old is not None else trainable
+            new._parameters[name] = nn.Parameter(tensor, requires_grad=keeps)
+    return new
+
+
+def _as_laid_out(old: Tensor, new: Tensor) -> Tensor:
+    new = new.detach().contiguous()
+    for ndim, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        same = old.ndim == ndim == new.ndim and not old.is_contiguous()
+        if same and old.is_contiguous(memory_format=layout):
+            return new.contiguous(memory_format=layout)
+    return new
+
+
+def affine(module: nn.Module, scale: Tensor | None, offset: Tensor | None) -> nn.Module | None:
+    """``x -> scale * module(x) + offset`` per channel as a layer of the same type.
+
+    Linear and convolution: W' = diag(scale) W, b' = scale b + offset; normalisations and gates
+    likewise. ``scale`` and ``offset`` are [C]; None stands for 1 and 0.
+
+    Returns:
+        None where the layer has no weights that could take it.
+    """
+    if type(module) is AffineGate:
+        new_scale = module.scale if scale is None else module.scale * scale
+        return with_tensors(module, scale=new_scale, offset=_moved(module.offset, scale, offset))
+    if not isinstance(module, (*WEIGHTED, *BATCH_NORM, nn.LayerNorm)):
+        return None
+    if module.weight is None or (type(module) is nn.LayerNorm and weight_of(module).ndim != 1):
+        return None
+    bias = bias_of(module)
+    tensors: dict[str, Tensor | None] = {}
+    if scale is not None:
+        tensors["weight"] = _scaled_rows(module, scale)
+    if bias is not None or offset is not None:
+        tensors["bias"] = _moved(bias, scale, offset)
+    return with_tensors(module, **tensors)
+
+
+def _moved(bias: Tensor | None, scale: Tensor | None, offset: Tensor | None) -> Tensor | None:
+    if bias is None:
+        return offset
+    moved = bias if scale is None else bias * scale
+    return moved if offset is None else moved + offset
+
+
+def _scaled_rows(module: nn.Module, scale: Tensor) -> Tensor:
+    weight = weight_of(module)
+    if isinstance(module, CONV_TRANSPOSE):  # [in, out / groups, *kernel], groups along in
+        groups, kernel = module.groups, weight.shape[2:]
+        split = weight.reshape(groups, -1, weight.shape[1], *kernel)
+        rows = scale.reshape(groups, 1, -1, *[1] * len(kernel))
+        return (split * rows).reshape(weight.shape)
+    return weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def scaled_columns(module: nn.Module, scale: Tensor) -> Tensor:
+    """Weight of a Linear or Conv that reads ``scale * x``: W diag(scale), per group."""
+    weight = weight_of(module)
+    groups = int(getattr(module, "groups", 1))
+    tail = [1] * (weight.ndim - 2)
+    split = weight.reshape(groups, -1, *weight.shape[1:])
+    return (split * scale.reshape(groups, 1, -1, *tail)).reshape(weight.shape)
+
+
+def without_channels(module: nn.Module, keep: Tensor) -> nn.Module | None:
+    """A layer that gives only the channels ``keep`` ([C] bool); None for an unsuitable type.
+
+    Linear and plain convolutions lose rows; normalisations, gates, PReLU and depthwise
+    convolutions lose entries.
+    """
+    kept = int(keep.sum())
+    if type(module) is nn.PReLU:
+        return (
+            with_tensors(module, weight=module.weight[keep]) if module.weight.numel() > 1 else None
+        )
+    names = [
+        n
+        for n in ("weight", "bias", "running_mean", "running_var", "scale", "offset")
+        if getattr(module, n, None) is not None
+    ]
+    new = with_tensors(module, **{name: getattr(module, name)[keep] for name in names})
+    if type(module) is nn.Linear:
+        new.out_features = kept  # type: ignore[assignment]
+    elif type(module) in BATCH_NORM:
+        new.num_features = kept  # type: ignore[assignment]
+    elif type(module) in CONV:
+        new.out_channels = kept  # type: ignore[assignment]
+        if module.groups != 1:
+            new.in_channels = new.groups = kept  # type: ignore[assignment]
+    elif type(module) is not AffineGate:
+        return None
+    return new
+
+
+def without_columns(module: nn.Module, keep: Tensor, extra_bias: Tensor | None) -> nn.Module:
+    """A Linear or Conv (groups 1) that reads only the columns ``keep``, with a bias added."""
+    bias = _moved(bias_of(module), None, extra_bias)
+    new = with_tensors(module, weight=weight_of(module)[:, keep], bias=bias)
+    field = "in_features" if type(module) is nn.Linear else "in_channels"
+    setattr(new, field, int(keep.sum()))
+    return new
+
+
+def constant_rows(module: nn.Module) -> Tensor:
+    """[C] bool: channels of a Linear or Conv whose weights are all zero."""
+    weight = weight_of(module)
+    return (weight.flatten(1) == 0).all(dim=1)
+
+
+def is_constant(module: nn.Module) -> bool:
+    """Whether a layer gives the same whatever it reads: no weight is left in it."""
+    if type(module) is AffineGate:
+        return module.is_constant()
+    if type(module) in (*WEIGHTED, *BATCH_NORM, nn.LayerNorm):
+        weight = module.weight
+        return isinstance(weight, Tensor) and weight.numel() > 0 and not bool(weight.any())
+    return False
