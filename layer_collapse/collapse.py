@@ -143,9 +143,7 @@ class _Run:
         kinds = {"dense": 0, "prune": 1, "accept": 2}
         return Phase(kind, number, (self.seed * 3 + kinds[kind]) * 10_000 + number)
 
-    def record(
-        self, model: nn.Module, phase: Phase, report: EntropyReport, note: str = ""
-    ) -> Step:
+    def record(self, model: nn.Module, phase: Phase, report: EntropyReport, note: str = "") -> Step:
         step = Step(
             round=phase.number,
             phase=phase.kind,

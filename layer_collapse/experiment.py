@@ -183,7 +183,10 @@ def run(
             control = _train_control(start, file, settings, phases, train)
             control_accuracy[name] = accuracy(control, dataset.test)
 
-    rectified, collapsed = predictions(result.pruned, dataset.test), predictions(folded, dataset.test)
+    rectified, collapsed = (
+        predictions(result.pruned, dataset.test),
+        predictions(folded, dataset.test),
+    )
     latency = compare(result.pruned, folded, example)
     size = result.fold.report
     epochs = sum(settings.recipe.epochs_of(phase) for phase in phases)

@@ -145,7 +145,9 @@ def _build(
         raise ValueError("pass --model NAME or --model MODULE:CALLABLE")
     if choice in models.NAMES:
         if classes is None:
-            raise ValueError(f"model {choice!r} needs labels y in the data file to know its classes")
+            raise ValueError(
+                f"model {choice!r} needs labels y in the data file to know its classes"
+            )
         return models.build(choice, tuple(x.shape[1:]), classes, **settings.get("options", {}))
     module_name, _, attribute = choice.partition(":")
     if not attribute:
