@@ -1,4 +1,4 @@
-"""The plain training loop behind the command line. Your own loop plugs into ``collapse`` instead."""
+"""The plain training loop behind the command line; your own plugs into ``collapse`` instead."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def progress(iterable: Iterable[Any], title: str, total: int) -> Iterable[Any]:
 
 def log(line: str) -> None:
     """One line of progress."""
-    messages.print(line, markup=False)
+    messages.print(line, markup=False, soft_wrap=True)
 
 
 def add_json_flag(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from torch import fx
 
@@ -69,9 +70,13 @@ class FoldReport:
     max_rel: float = 0.0
     checked_sizes: list[list[list[int]]] = field(default_factory=list)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return asdict(self)
+
     def to_json(self) -> str:
         """The report as one JSON object."""
-        return json.dumps(asdict(self), indent=1, allow_nan=False)
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
     def __str__(self) -> str:
         rows = [("layer", "rule", "max abs", "max rel", "what")]
