@@ -16,7 +16,8 @@ template <typename... Parts>
 // check(ok, "rectify: x must ...", " (got ", value, ")")
 template <typename... Parts>
 void check(bool ok, const Parts&... parts) {
-  if (!ok) [[unlikely]] refuse(parts...);
+  if (!ok) [[unlikely]]
+    refuse(parts...);
 }
 
 }  // namespace layer_collapse

@@ -19,7 +19,8 @@ STABLE_TORCH_LIBRARY(layer_collapse, m) {
   m.def(
       "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
       "Tensor[] masks, float lr, float momentum, float dampening, float weight_decay, "
-      "bool nesterov, bool maximize, bool first_step, Tensor? grad_scale, Tensor? found_inf) -> ()");
+      "bool nesterov, bool maximize, bool first_step, Tensor? grad_scale, Tensor? found_inf) -> "
+      "()");
   // The same for torch.optim.AdamW; steps holds the number of this step per tensor, from 1.
   m.def(
       "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "

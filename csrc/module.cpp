@@ -87,8 +87,8 @@ std::tuple<Array<double>, Array<uint8_t>> neurons_from_counts(const Array<int64_
 }
 
 std::vector<int64_t> budget(const std::vector<double>& entropy,
-                            const std::vector<double>& importance,
-                            const std::vector<int64_t>& caps, int64_t total) {
+                            const std::vector<double>& importance, const std::vector<int64_t>& caps,
+                            int64_t total) {
   if (entropy.size() != caps.size() || importance.size() != caps.size()) {
     throw py::value_error("entropy, importance and caps must have one entry per layer");
   }
@@ -103,7 +103,8 @@ std::vector<int64_t> budget(const std::vector<double>& entropy,
 
 std::vector<int64_t> shares(const std::vector<double>& wanted, const std::vector<int64_t>& caps,
                             int64_t total) {
-  if (wanted.size() != caps.size()) throw py::value_error("wanted and caps must have equal lengths");
+  if (wanted.size() != caps.size())
+    throw py::value_error("wanted and caps must have equal lengths");
   return round_to_total(wanted, caps, total);
 }
 
@@ -132,8 +133,8 @@ py::array_t<bool> unpack(const py::array& words, int64_t numel) {
   check(numel >= 0 && words.size() == mask_words(numel),
         "unpack_mask: words must number ceil(n / 32) for n = ", numel, " weights (got ",
         words.size(), ")");
-  check(!has_stray_bits(bits, numel), "unpack_mask: words must have no bit set beyond the ",
-        numel, " weights (got stray bits in the last word)");
+  check(!has_stray_bits(bits, numel), "unpack_mask: words must have no bit set beyond the ", numel,
+        " weights (got stray bits in the last word)");
   py::array_t<bool> alive(numel);
   unpack_mask(bits, numel, alive.mutable_data());
   return alive;
@@ -146,8 +147,10 @@ int64_t alive_in(const py::array& words) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Host-side core of layer_collapse; importing it also registers torch.ops.layer_collapse";
-  m.def("build_info", &build_info, "Compiler, C++ standard, instruction set in use, torch ABI target");
+  m.doc() =
+      "Host-side core of layer_collapse; importing it also registers torch.ops.layer_collapse";
+  m.def("build_info", &build_info,
+        "Compiler, C++ standard, instruction set in use, torch ABI target");
   m.def("entropy_from_counts", &entropy_from_counts, py::arg("counts"), py::arg("positions"),
         py::arg("kind"),
         "Layer entropy in bits (all, active) and numbers of neurons per state from counts "

@@ -25,8 +25,8 @@ inline double entropy_term(int64_t count, int64_t total) {
 }
 
 // The column of one neuron in counts [rows][channels]; positions > 0.
-inline Neuron neuron_of(const int64_t* counts, int64_t channels, int64_t channel,
-                        int64_t positions, Kind kind) {
+inline Neuron neuron_of(const int64_t* counts, int64_t channels, int64_t channel, int64_t positions,
+                        Kind kind) {
   const int64_t positive = counts[channel], negative = counts[channels + channel];
   const int64_t nan = counts[2 * channels + channel];
   const int64_t extra = count_rows(kind) > 3 ? counts[3 * channels + channel] : 0;
@@ -42,9 +42,9 @@ inline Neuron neuron_of(const int64_t* counts, int64_t channels, int64_t channel
             NeuronState::mixed};
   }
   const bool one_sided = positive == 0 || negative == 0;
-  const double bits = one_sided ? 0.0
-                                : entropy_term(positive, positions) +
-                                      entropy_term(positions - positive, positions);
+  const double bits =
+      one_sided ? 0.0
+                : entropy_term(positive, positions) + entropy_term(positions - positive, positions);
   // Hardswish bends between -3 and 3: one sign alone does not make it linear.
   const bool linear = one_sided && (kind != Kind::hardswish || extra == 0);
   if (!linear) return {bits, NeuronState::mixed};
@@ -72,11 +72,21 @@ inline LayerEntropy layer_entropy(const int64_t* counts, int64_t channels, int64
     sum += neuron.bits;
     with_entropy += neuron.bits != 0.0;  // NaN counts, and makes the sum NaN
     switch (neuron.state) {
-      case NeuronState::mixed: ++layer.mixed; break;
-      case NeuronState::on: ++layer.on; break;
-      case NeuronState::off: ++layer.off; break;
-      case NeuronState::saturated: ++layer.saturated; break;
-      case NeuronState::nonfinite: ++layer.nonfinite; break;
+      case NeuronState::mixed:
+        ++layer.mixed;
+        break;
+      case NeuronState::on:
+        ++layer.on;
+        break;
+      case NeuronState::off:
+        ++layer.off;
+        break;
+      case NeuronState::saturated:
+        ++layer.saturated;
+        break;
+      case NeuronState::nonfinite:
+        ++layer.nonfinite;
+        break;
     }
   }
   layer.all = sum / static_cast<double>(channels);

@@ -12,8 +12,8 @@ Views view_weights(const char* op, const std::vector<Tensor>& weights,
   check_length(op, "masks", masks.size(), weights.size());
   Views views;
   for (size_t i = 0; i < weights.size(); ++i) {
-    views.push_back({view_in_mask_order(op, "weights", i, weights[i], masks[i]),
-                     weights[i].const_data_ptr()});
+    views.push_back(
+        {view_in_mask_order(op, "weights", i, weights[i], masks[i]), weights[i].const_data_ptr()});
   }
   return views;
 }
@@ -24,10 +24,10 @@ Tensor magnitude_shares(std::vector<Tensor> weights, std::vector<Tensor> masks, 
   const Views views = view_weights(kOp, weights, masks);
   int64_t alive = 0;
   for (const Weights& view : views) alive += alive_in(view);
-  check(k >= 0 && k <= alive, kOp, ": k must lie between 0 and the ", alive,
-        " alive weights (got ", k, ")");
-  Tensor shares = torch::stable::new_zeros(
-      weights[0], {static_cast<int64_t>(weights.size())}, ScalarType::Long);
+  check(k >= 0 && k <= alive, kOp, ": k must lie between 0 and the ", alive, " alive weights (got ",
+        k, ")");
+  Tensor shares = torch::stable::new_zeros(weights[0], {static_cast<int64_t>(weights.size())},
+                                           ScalarType::Long);
   if (k == 0) return shares;
 
   const Cut cut = select_by_dtype(views, k);

@@ -33,11 +33,11 @@ struct SgdRule {
   using Real = Compute<Weight>;
   static constexpr bool kDense = true;
 
-  Weight* param;       // [numel]
-  const Weight* grad;  // [numel]
-  Weight* buffer;      // [numel], nullptr without momentum
+  Weight* param;                          // [numel]
+  const Weight* grad;                     // [numel]
+  Weight* buffer;                         // [numel], nullptr without momentum
   Real lr, momentum, gain, weight_decay;  // gain = 1 - dampening
-  Real divisor;  // of the gradients: grad_scale or 1, negative to maximize
+  Real divisor;                           // of the gradients: grad_scale or 1, negative to maximize
   bool decays, nesterov, first_step;
 
   LC_INLINE void block(int64_t base, int64_t count, uint32_t word) const {
@@ -80,16 +80,16 @@ struct AdamWRule {
   using Real = Compute<Weight>;
   static constexpr bool kDense = true;
 
-  Weight* param;       // [numel]
-  const Weight* grad;  // [numel]
-  Weight* average;     // [numel] exp_avg
-  Weight* square;      // [numel] exp_avg_sq
-  Weight* maximum;     // [numel] max_exp_avg_sq, nullptr without amsgrad
-  Real step_size;      // lr / (1 - beta1^t)
-  Real root_correction;  // sqrt(1 - beta2^t)
-  Real decay;            // 1 - lr * weight_decay, exactly 1 without decay
+  Weight* param;                      // [numel]
+  const Weight* grad;                 // [numel]
+  Weight* average;                    // [numel] exp_avg
+  Weight* square;                     // [numel] exp_avg_sq
+  Weight* maximum;                    // [numel] max_exp_avg_sq, nullptr without amsgrad
+  Real step_size;                     // lr / (1 - beta1^t)
+  Real root_correction;               // sqrt(1 - beta2^t)
+  Real decay;                         // 1 - lr * weight_decay, exactly 1 without decay
   Real mix, beta2, square_gain, eps;  // mix = 1 - beta1, square_gain = 1 - beta2
-  Real divisor;  // of the gradients: grad_scale or 1, negative to maximize
+  Real divisor;                       // of the gradients: grad_scale or 1, negative to maximize
 
   LC_INLINE void block(int64_t base, int64_t count, uint32_t word) const {
     maximum ? loop<true>(base, count, word) : loop<false>(base, count, word);

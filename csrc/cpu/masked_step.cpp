@@ -38,7 +38,7 @@ LC_INLINE void walk_words(Rule rule, const uint32_t* words, int64_t first, int64
   }
 }
 
-#define LC_RULE(Rule)                                                                       \
+#define LC_RULE(Rule)                                                                      \
   LC_CLONES void run(const Rule& rule, const uint32_t* words, int64_t first, int64_t last, \
                      int64_t numel) {                                                      \
     walk_words(rule, words, first, last, numel);                                           \
@@ -71,12 +71,11 @@ void run_in_memory_order(const Rule& rule, const MaskedTensor& tensor, int64_t f
     const int64_t end = std::min(begin + kBatch, last);
     const int64_t base = begin * kWordBits;
     std::array<uint32_t, kBatch> gathered{};
-    tensor.walk.run(base, std::min(end * kWordBits, tensor.numel) - base,
-                    [&](int64_t j, int64_t logical) {
-                      const uint32_t word = tensor.words[logical / kWordBits];
-                      gathered[j / kWordBits] |= ((word >> (logical % kWordBits)) & 1)
-                                                 << (j % kWordBits);
-                    });
+    tensor.walk.run(
+        base, std::min(end * kWordBits, tensor.numel) - base, [&](int64_t j, int64_t logical) {
+          const uint32_t word = tensor.words[logical / kWordBits];
+          gathered[j / kWordBits] |= ((word >> (logical % kWordBits)) & 1) << (j % kWordBits);
+        });
     run(rule, gathered.data(), begin, end, tensor.numel);
   }
 }

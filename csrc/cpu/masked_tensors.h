@@ -72,10 +72,13 @@ inline std::vector<int64_t> to_vector(torch::headeronly::IntHeaderOnlyArrayRef v
 inline MaskedTensor view_in_memory_order(const char* op, const char* list, size_t i,
                                          const Tensor& tensor, const Tensor& mask) {
   check_weights(op, list, i, tensor);
-  MaskedTensor view{tensor.scalar_type(), tensor.numel(), check_mask(op, i, mask, tensor),
-                    tensor.is_contiguous(), {}};
-  check(view.contiguous || memory_walk(to_vector(tensor.sizes()), to_vector(tensor.strides()),
-                                       view.walk),
+  MaskedTensor view{tensor.scalar_type(),
+                    tensor.numel(),
+                    check_mask(op, i, mask, tensor),
+                    tensor.is_contiguous(),
+                    {}};
+  check(view.contiguous ||
+            memory_walk(to_vector(tensor.sizes()), to_vector(tensor.strides()), view.walk),
         op, ": ", list, "[", i, "] must be dense, without gaps or overlaps (got shape ",
         describe_shape(tensor), " in a strided view)");
   return view;
@@ -85,8 +88,11 @@ inline MaskedTensor view_in_memory_order(const char* op, const char* list, size_
 inline MaskedTensor view_in_mask_order(const char* op, const char* list, size_t i,
                                        const Tensor& tensor, const Tensor& mask) {
   check_weights(op, list, i, tensor);
-  return {tensor.scalar_type(), tensor.numel(), check_mask(op, i, mask, tensor),
-          tensor.is_contiguous(), {to_vector(tensor.sizes()), to_vector(tensor.strides())}};
+  return {tensor.scalar_type(),
+          tensor.numel(),
+          check_mask(op, i, mask, tensor),
+          tensor.is_contiguous(),
+          {to_vector(tensor.sizes()), to_vector(tensor.strides())}};
 }
 
 // body(tensor, first_word, last_word) for ranges that cover every word of every tensor once, spread

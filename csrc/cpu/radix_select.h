@@ -119,9 +119,8 @@ Cut select_smallest(const Views& views, int64_t k) {
 }
 
 inline bool needs_wide_keys(const Views& views) {
-  return std::any_of(views.begin(), views.end(), [](const Weights& weights) {
-    return weights.dtype == ScalarType::Double;
-  });
+  return std::any_of(views.begin(), views.end(),
+                     [](const Weights& weights) { return weights.dtype == ScalarType::Double; });
 }
 
 inline Cut select_by_dtype(const Views& views, int64_t k) {

@@ -108,8 +108,8 @@ void add(int64_t* cell, int64_t value) {
 
 struct Task {
   const Layout* layout;
-  const bool* valid;   // [outer * inner] or null
-  int64_t* counts;     // [rows][C], or null when nothing is counted
+  const bool* valid;  // [outer * inner] or null
+  int64_t* counts;    // [rows][C], or null when nothing is counted
   double slope;
   const void* slopes;  // [C] or [1] of x's dtype for PReLU, else null
   int64_t slope_count;
@@ -133,9 +133,9 @@ void run_planes(const Task& task, const T* x, T* y) {
       const T* source = x + row * plane + start;
       T* target = y + row * plane + start;
       const bool* valid = task.valid ? task.valid + row / C * plane + start : nullptr;
-      const RowCounts found = valid
-                                  ? rectify_row<Rectifier, T, true>(source, target, valid, n, slope)
-                                  : rectify_row<Rectifier, T, false>(source, target, valid, n, slope);
+      const RowCounts found =
+          valid ? rectify_row<Rectifier, T, true>(source, target, valid, n, slope)
+                : rectify_row<Rectifier, T, false>(source, target, valid, n, slope);
       if (!task.counts) continue;
       add(task.counts + c, found.positive);
       add(task.counts + C + c, found.negative);
@@ -166,9 +166,9 @@ void run_channels(const Task& task, const T* x, T* y) {
       std::fill(counts.begin(), counts.end(), 0);
     };
     for (int64_t row = from, since = 0; row < to; ++row) {
-      rectify_channels<Rectifier, T>(x + row * C, y + row * C, slopes.empty() ? nullptr : slopes.data(),
-                                     static_cast<V>(task.slope), counts.data(), C,
-                                     !task.valid || task.valid[row]);
+      rectify_channels<Rectifier, T>(
+          x + row * C, y + row * C, slopes.empty() ? nullptr : slopes.data(),
+          static_cast<V>(task.slope), counts.data(), C, !task.valid || task.valid[row]);
       if (++since == (int64_t{1} << 30)) {  // before a 32-bit counter can overflow
         flush();
         since = 0;
@@ -192,14 +192,19 @@ void run(const Task& task, const void* x, void* y) {
 template <typename T>
 void run_kind(Kind kind, const Task& task, const void* x, void* y) {
   switch (kind) {
-    case Kind::relu: return run<Relu, T>(task, x, y);
-    case Kind::relu6: return run<Relu6, T>(task, x, y);
+    case Kind::relu:
+      return run<Relu, T>(task, x, y);
+    case Kind::relu6:
+      return run<Relu6, T>(task, x, y);
     case Kind::leaky_relu:
-    case Kind::prelu: return run<LeakyRelu, T>(task, x, y);
-    case Kind::hardswish: return run<Hardswish, T>(task, x, y);
+    case Kind::prelu:
+      return run<LeakyRelu, T>(task, x, y);
+    case Kind::hardswish:
+      return run<Hardswish, T>(task, x, y);
     case Kind::gelu:
     case Kind::gelu_tanh:
-    case Kind::silu: return run<CountOnly, T>(task, x, y);
+    case Kind::silu:
+      return run<CountOnly, T>(task, x, y);
   }
 }
 
@@ -260,12 +265,12 @@ int64_t check_arguments(const Tensor& x, const Tensor& ledger, int64_t kind, int
                         const std::optional<Tensor>& weight, const std::optional<Tensor>& valid) {
   check(kind >= 0 && kind < kKinds, "rectify: kind must be 0 to ", kKinds - 1, " (got ", kind, ")");
   const auto dtype = x.scalar_type();
-  check(is_weight_dtype(dtype),
-        "rectify: x must be float32, float64, bfloat16 or float16 (got ",
+  check(is_weight_dtype(dtype), "rectify: x must be float32, float64, bfloat16 or float16 (got ",
         torch::headeronly::toString(dtype), ")");
   check(x.dim() >= 1, "rectify: x must have a channel dim (got a tensor of no dims)");
-  check(channel_dim >= -x.dim() && channel_dim < x.dim(), "rectify: channel_dim must be a dim of x, ",
-        -x.dim(), " to ", x.dim() - 1, " (got ", channel_dim, ")");
+  check(channel_dim >= -x.dim() && channel_dim < x.dim(),
+        "rectify: channel_dim must be a dim of x, ", -x.dim(), " to ", x.dim() - 1, " (got ",
+        channel_dim, ")");
   const int64_t dim = channel_dim < 0 ? channel_dim + x.dim() : channel_dim;
   const int64_t channels = x.size(dim);
   const int64_t words = kLedgerHeader + count_rows(static_cast<Kind>(kind)) * channels;
@@ -300,7 +305,7 @@ Tensor rectify(Tensor x, Tensor ledger, int64_t kind, int64_t channel_dim, doubl
   Tensor source = order ? x : torch::stable::clone(x);
   if (!order) order = storage_order(source);
   const auto rectifier = static_cast<Kind>(kind);
-  Tensor y = is_smooth(rectifier) ? smooth(rectifier, x)
+  Tensor y = is_smooth(rectifier)      ? smooth(rectifier, x)
              : source.get() == x.get() ? torch::stable::empty_like(x)
                                        : source;
   rectify_into(source, y, ledger, rectifier, dim, slope, weight, valid, *order);

@@ -18,7 +18,9 @@ namespace layer_collapse {
 struct Relu {
   static constexpr Kind kind = Kind::relu;
   template <typename V>
-  static LC_INLINE V apply(V v, V) { return v < V(0) ? V(0) : v; }
+  static LC_INLINE V apply(V v, V) {
+    return v < V(0) ? V(0) : v;
+  }
 };
 struct Relu6 {
   static constexpr Kind kind = Kind::relu6;
@@ -31,12 +33,16 @@ struct Relu6 {
 struct LeakyRelu {
   static constexpr Kind kind = Kind::leaky_relu;
   template <typename V>
-  static LC_INLINE V apply(V v, V slope) { return v > V(0) ? v : v * slope; }
+  static LC_INLINE V apply(V v, V slope) {
+    return v > V(0) ? v : v * slope;
+  }
 };
 struct Hardswish {
   static constexpr Kind kind = Kind::hardswish;
   template <typename V>
-  static LC_INLINE V apply(V v, V) { return v * Relu6::apply(v + V(3), V(0)) / V(6); }
+  static LC_INLINE V apply(V v, V) {
+    return v * Relu6::apply(v + V(3), V(0)) / V(6);
+  }
 };
 // Counts alone, for rectifiers whose output torch computes (GELU, SiLU).
 struct CountOnly {
@@ -56,8 +62,7 @@ struct RowCounts {
 
 // One row of one channel. valid: [n] bool or null (every position counts). y may be x.
 template <typename Rectifier, typename T, bool kMasked>
-LC_CLONES RowCounts rectify_row(const T* x, T* y, const bool* valid, int64_t n,
-                                Compute<T> slope) {
+LC_CLONES RowCounts rectify_row(const T* x, T* y, const bool* valid, int64_t n, Compute<T> slope) {
   using V = Compute<T>;
   // 32-bit sums vectorise; rows are cut into segments well below 2^31 elements (rectify.cpp).
   int32_t positive = 0, negative = 0, nan = 0, extra = 0;

@@ -1,0 +1,59 @@
+# The two commands of the README are `make demo` and `make test`. Each target prepares a virtual
+# environment in .venv with pinned packages and the compiled extension, and reuses what is there.
+PYTHON ?= python3
+CXX ?= c++
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test slow bench lint format clean
+
+help:
+	@echo "make demo    layers leave a small network: about a minute, results in runs/demo"
+	@echo "make test    every test but the slow ones"
+	@echo "make slow    the slow ones too: full sizes"
+	@echo "make bench   ratios against peers, measured in this run"
+	@echo "make lint    ruff, mypy and clang-format; make format repairs what can be repaired"
+	@echo "make clean   remove everything that was built"
+
+$(VENV)/packages: requirements/dev.txt
+	@command -v $(PYTHON) >/dev/null || { echo "layer_collapse: no $(PYTHON) found; install Python 3.10 or newer (Debian: apt-get install python3 python3-venv) or set PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "layer_collapse: needs Python 3.10 or newer, $(PYTHON) is $$($(PYTHON) -V 2>&1); set PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "layer_collapse: this Python cannot make virtual environments; install them (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	@touch $@
+
+# Tests and the linter read the tree itself: an editable install, compiled in place.
+$(VENV)/extension: $(VENV)/packages $(SOURCES)
+	@command -v $(firstword $(CXX)) >/dev/null || { echo "layer_collapse: no C++ compiler found (looked for $(CXX)); install g++ (Debian: apt-get install g++) or set CXX=..." >&2; exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+demo: $(VENV)/extension
+	$(BIN)/layer-collapse demo --out runs/demo
+
+test: $(VENV)/extension
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/extension
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+bench: $(VENV)/extension
+	$(BIN)/python -m pytest benchmarks --benchmark-disable-gc --benchmark-columns=median,iqr,rounds
+
+lint: $(VENV)/extension
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/packages
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info layer_collapse/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
