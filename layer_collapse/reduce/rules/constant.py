@@ -144,7 +144,8 @@ def constant(work: Work, node: fx.Node) -> Plan | None:
     if not bool(value.isfinite().all()):
         raise Refused(f"{name!r} is constant, but its branch ends in values that are not finite")
     value = smallest_form(value)
-    sources = {other} | {n for o in known.origins for n in o.all_input_nodes if n not in found}
+    # A layer without weights is constant whatever it reads, so the proof may feed it anything.
+    sources = {other} | {n for origin in known.origins for n in origin.all_input_nodes}
     plan = Plan(name, f"branch of {branch.name}", tuple(sources), node)
     if pair and not bool(value.any()):
         plan.becomes[node] = other
