@@ -16,13 +16,12 @@ from torch import Tensor, fx, nn
 from ..graph import ExampleInputs, ordered_inputs, record_shapes, trace
 from . import proof, rules
 from .holdings import remove_dead
+from .proof import FoldError
 from .report import Fold, FoldReport, Refusal, size_of
 from .rules.constant import cut_off
 from .work import Refused, Work
 
-
-class FoldError(RuntimeError):
-    """A folded model that could not be proven equal; the message is one sentence."""
+__all__ = ["FoldError", "FoldResult", "fold"]
 
 
 @dataclass
@@ -102,6 +101,10 @@ def _traced(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
         record_shapes(model, example_inputs)
         return model
     graph = trace(model, example_inputs)
+    own = dict(model.named_modules())
+    for path, module in graph.named_modules():  # fx registers every buffer as persistent
+        temporary = own[path]._non_persistent_buffers_set if path in own else set[str]()
+        module._non_persistent_buffers_set |= temporary & set(module._buffers)
     example = copy.deepcopy(example_inputs)
     with torch.no_grad():
         if isinstance(example, Tensor):
@@ -150,8 +153,8 @@ def _prove_end_to_end(
     report: FoldReport,
     second_size: bool,
 ) -> None:
-    reference = proof.Float64(copy.deepcopy(unfolded).double())
-    candidate = proof.Float64(copy.deepcopy(folded).double())
+    reference = proof.Float64(proof.to_float64(copy.deepcopy(unfolded)))
+    candidate = proof.Float64(proof.to_float64(copy.deepcopy(folded)))
     generator = torch.Generator().manual_seed(1)
     limit = proof.tolerance(
         [t.dtype for t in unfolded.state_dict().values() if t.is_floating_point()]
