@@ -83,12 +83,12 @@ def fold(model: nn.Module, example_inputs: ExampleInputs) -> FoldResult:
     if place is not None:
         reason = "nothing leads around this layer: without it the output is a constant"
         report.folds, report.refusals = [], [Refusal(str(place.target), "cut", reason)]
-        return FoldResult(graph, report)
+        return FoldResult(_keep_temporary_buffers(graph, model), report)
     sized = work.sized
     folded = work.finished()
     _prove_end_to_end(graph, folded, inputs, report, second_size=not sized)
     report.after = size_of(folded)
-    return FoldResult(folded, report)
+    return FoldResult(_keep_temporary_buffers(folded, model), report)
 
 
 def _traced(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
@@ -101,10 +101,6 @@ def _traced(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
         record_shapes(model, example_inputs)
         return model
     graph = trace(model, example_inputs)
-    own = dict(model.named_modules())
-    for path, module in graph.named_modules():  # fx registers every buffer as persistent
-        temporary = own[path]._non_persistent_buffers_set if path in own else set[str]()
-        module._non_persistent_buffers_set |= temporary & set(module._buffers)
     example = copy.deepcopy(example_inputs)
     with torch.no_grad():
         if isinstance(example, Tensor):
@@ -121,6 +117,15 @@ def _traced(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
             f"fold: the traced graph of {type(model).__name__} differs from the model by "
             f"{error:.1e} on the example inputs; make its forward deterministic in evaluation mode"
         )
+    return graph
+
+
+def _keep_temporary_buffers(graph: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
+    """Leave out of the state_dict what the model leaves out; torch.fx forgets it in every copy."""
+    own = dict(model.named_modules())
+    for path, module in graph.named_modules():
+        temporary = own[path]._non_persistent_buffers_set if path in own else set[str]()
+        module._non_persistent_buffers_set |= temporary & set(module._buffers)
     return graph
 
 
