@@ -16,13 +16,12 @@ from torch import Tensor, fx, nn
 from ..graph import ExampleInputs, ordered_inputs, record_shapes, trace
 from . import proof, rules
 from .holdings import remove_dead
+from .proof import FoldError
 from .report import Fold, FoldReport, Refusal, size_of
 from .rules.constant import cut_off
 from .work import Refused, Work
 
-
-class FoldError(RuntimeError):
-    """A folded model that could not be proven equal; the message is one sentence."""
+__all__ = ["FoldError", "FoldResult", "fold"]
 
 
 @dataclass
@@ -93,12 +92,12 @@ def fold(
     if place is not None:
         reason = "nothing leads around this layer: without it the output is a constant"
         report.folds, report.refusals = [], [Refusal(str(place.target), "cut", reason)]
-        return FoldResult(graph, report)
+        return FoldResult(_keep_temporary_buffers(graph, model), report)
     sized = work.sized
     folded = work.finished()
     _prove_end_to_end(graph, folded, inputs, report, second_size=not sized)
     report.after = size_of(folded)
-    return FoldResult(folded, report)
+    return FoldResult(_keep_temporary_buffers(folded, model), report)
 
 
 def _traced(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
@@ -127,6 +126,15 @@ def _traced(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
             f"fold: the traced graph of {type(model).__name__} differs from the model by "
             f"{error:.1e} on the example inputs; make its forward deterministic in evaluation mode"
         )
+    return graph
+
+
+def _keep_temporary_buffers(graph: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
+    """Leave out of the state_dict what the model leaves out; torch.fx forgets it in every copy."""
+    own = dict(model.named_modules())
+    for path, module in graph.named_modules():
+        temporary = own[path]._non_persistent_buffers_set if path in own else set[str]()
+        module._non_persistent_buffers_set |= temporary & set(module._buffers)
     return graph
 
 
@@ -161,8 +169,8 @@ def _prove_end_to_end(
     report: FoldReport,
     second_size: bool,
 ) -> None:
-    reference = proof.Float64(copy.deepcopy(unfolded).double())
-    candidate = proof.Float64(copy.deepcopy(folded).double())
+    reference = proof.Float64(proof.to_float64(copy.deepcopy(unfolded)))
+    candidate = proof.Float64(proof.to_float64(copy.deepcopy(folded)))
     generator = torch.Generator().manual_seed(1)
     limit = proof.tolerance(
         [t.dtype for t in unfolded.state_dict().values() if t.is_floating_point()]

@@ -74,7 +74,7 @@ class Work:
             _Values(module).propagate(*inputs)
         self.dtypes = {name: t.dtype for name, t in tensors(module).items()}
         self.tied = tied(module)
-        module.double()
+        proof.to_float64(module)
         self.version = 0  # of the graph, for what rules keep between calls
         self.cache: dict[str, tuple[int, Any]] = {}
         self.sized = False  # whether a constant was kept that fits the example's size only
@@ -224,6 +224,8 @@ class Work:
             dtype = self.dtypes[name]
             if tensor.dtype != dtype:
                 tensor.data = tensor.data.to(dtype)
+            elif name not in self.tied and tensor.untyped_storage().nbytes() != tensor.nbytes:
+                tensor.data = tensor.data.clone()  # not a view that keeps a larger tensor alive
         for node in self.module.graph.nodes:
             node.meta.pop("fold_value", None)
         self.module.graph.lint()

@@ -156,7 +156,7 @@ def constant(work: Work, node: fx.Node) -> Plan | None:
     else:
         plan.becomes[node] = Call(_free(work, "constant_gate"), _factor(value, work, node), other)
         plan.detail += " becomes a factor"
-    if known.sized:
+    if known.sized or (pair and _varying(value) > 1):
         plan.rule = "biasmap"
         plan.detail += ", valid for this input size only"
         work.sized = True
