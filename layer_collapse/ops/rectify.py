@@ -222,22 +222,14 @@ def rectify_reference(
 
 
 def apply_torch(call: Call) -> Tensor:
-    """The rectifier alone, by torch's function."""
-    functional = torch.nn.functional
-    match call.kind.name:
-        case "relu":
-            return functional.relu(call.x, call.inplace)
-        case "relu6":
-            return functional.relu6(call.x, call.inplace)
-        case "leaky_relu":
-            return functional.leaky_relu(call.x, call.slope, call.inplace)
-        case "prelu":
-            assert call.weight is not None
-            return functional.prelu(call.x, call.weight)
-        case "gelu" | "gelu_tanh":
-            approximate = "tanh" if call.kind.name == "gelu_tanh" else "none"
-            return functional.gelu(call.x, approximate=approximate)
-        case "silu":
-            return functional.silu(call.x, call.inplace)
-        case _:
-            return functional.hardswish(call.x, call.inplace)
+    """The rectifier alone, by torch's op.
+
+    Not by its function: a tracker that is active further out would catch and count that.
+    """
+    name = call.kind.name
+    if name == "prelu":
+        return _aten.prelu(call.x, call.weight)
+    if name in ("gelu", "gelu_tanh"):
+        return _aten.gelu(call.x, approximate="tanh" if name == "gelu_tanh" else "none")
+    op = getattr(_aten, f"{name}_" if call.inplace else name)
+    return op(call.x, call.slope) if name == "leaky_relu" else op(call.x)
