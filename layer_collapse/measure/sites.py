@@ -122,7 +122,7 @@ _TWO_OPERANDS = {operator.add, operator.iadd, operator.sub, operator.mul, torch.
 _TWO_OPERANDS |= {torch.sub, operator.isub, operator.imul, operator.truediv, torch.div}
 _RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as"}
 _RESHAPE_FUNCTIONS = {torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, torch.unflatten}
-_REDUCTIONS = {torch.cat, torch.concat, torch.stack}
+_REDUCTIONS = {torch.cat, torch.concat}
 
 
 def _name(node: fx.Node) -> str:
@@ -231,7 +231,8 @@ class _Origins:
         before = self._input(node)
         if before is None:
             return None
-        args: tuple[Any, ...] = node.args[1:]
+        given: tuple[Any, ...] = (*node.args, *node.kwargs.values())
+        args: list[Any] = [value for value in given if not isinstance(value, fx.Node)]
         if _name(node) == "permute":
             dims = list(args[0]) if len(args) == 1 and not isinstance(args[0], int) else list(args)
         else:
