@@ -171,6 +171,22 @@ class _RectifyInPlace(torch.autograd.Function):
         return grad_x, None, None, None, None, None
 
 
+def _autocast(call: Call) -> Call:
+    """x and weight of a PReLU in the dtype that autocast, if it is on, gives them."""
+    device = call.x.device.type
+    if call.weight is None or not torch.is_autocast_enabled(device):
+        return call
+    dtype = torch.get_autocast_dtype(device)
+    x, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (call.x, call.weight))
+    return replace(call, x=x, weight=weight)
+
+
+def count_signs(call: Call, ledger: Tensor, channel_dim: int, valid: Tensor | None = None) -> None:
+    """Add the signs of a PReLU's input to a ledger and leave the activation to the caller."""
+    # LeakyReLU has the same counters and no slopes per channel
+    _ops.rectify(call.x.detach(), ledger, KINDS["leaky_relu"].code, channel_dim, 1.0, None, valid)
+
+
 def rectify(call: Call, ledger: Tensor, channel_dim: int, valid: Tensor | None = None) -> Tensor:
     """Apply a rectifier and add the signs of its input to a ledger, in one pass.
 
@@ -186,6 +202,12 @@ def rectify(call: Call, ledger: Tensor, channel_dim: int, valid: Tensor | None =
         What torch's own function returns, bit for bit, with the same strides; x itself, changed,
         for an in-place call.
     """
+    if call.weight is not None:
+        call = _autocast(call)
+        if call.weight.numel() > 1 and channel_dim % call.x.dim() != 1:
+            # torch's PReLU has its slopes on dim 1, these neurons lie on another
+            count_signs(call, ledger, channel_dim, valid)
+            return apply_torch(call)
     kind, x = call.kind, call.x
     if not (torch.is_grad_enabled() and (x.requires_grad or call.weight is not None)):
         return _forward(call, ledger, channel_dim, valid)
