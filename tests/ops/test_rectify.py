@@ -120,12 +120,12 @@ def test_output_and_counts_are_those_of_plain_torch(
     assert torch.equal(ledger, reference)
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "expand" not in name])
+@pytest.mark.parametrize(
+    "layout", [name for name in LAYOUTS if "expand" not in name and name != "overlapping"]
+)
 @pytest.mark.parametrize("kind", INPLACE_KINDS, ids=lambda k: k.name)
 def test_in_place_is_the_same_and_returns_x(kind: Kind, layout: str) -> None:
     make, channel_dim = LAYOUTS[layout]
-    if layout == "overlapping":
-        pytest.skip("torch refuses to write to overlapping memory")
     for dtype in DTYPES:
         x, plain = make(dtype), make(dtype)
         ledger, reference = (new_ledger(kind, x.shape[channel_dim]) for _ in range(2))
@@ -149,9 +149,7 @@ def test_in_place_touches_nothing_between_strided_elements(kind: Kind) -> None:
 
 def test_in_place_on_expanded_memory_is_refused() -> None:
     x, ledger = torch.randn(3, 1).expand(3, 4), new_ledger(KINDS["relu"], 4)
-    with pytest.raises(
-        RuntimeError, match=r"rectify_: x must not be expanded \(dim 1 has stride 0"
-    ):
+    with pytest.raises(RuntimeError, match=r"must not be expanded \(dim 1 has stride 0\)"):
         rectify(Call(KINDS["relu"], x, inplace=True), ledger, 1)
     assert not ledger[POSITIONS:].any()
 
@@ -282,12 +280,13 @@ def gradients(
     return y.detach(), list(torch.autograd.grad(y * 1.0, inputs, seed))
 
 
-@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ALL_KINDS, ids=lambda k: k.name)
+@pytest.mark.parametrize(
+    ("kind", "inplace"),
+    [(kind, False) for kind in ALL_KINDS] + [(kind, True) for kind in INPLACE_KINDS],
+    ids=lambda value: getattr(value, "name", "in place" if value is True else ""),
+)
 def test_gradients_have_torchs_bits(kind: Kind, dtype: torch.dtype, inplace: bool) -> None:
-    if inplace and kind not in INPLACE_KINDS:
-        pytest.skip("torch has no such variant")
     for x in (
         sample(5, 7, dtype=dtype),
         sample(3, 7, 4, 5, dtype=dtype),
