@@ -28,13 +28,10 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed_and_threads() -> Iterator[None]:
+    """A fixed seed, and one thread: what several threads give is a test of its own."""
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Gives back the number of threads that a test changes."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)

@@ -230,7 +230,7 @@ def test_counts_add_up_over_calls_and_stop_when_disabled() -> None:
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS, ids=lambda k: k.name)
-def test_one_thread_and_two_agree(kind: Kind, threads: None) -> None:
+def test_one_thread_and_two_agree(kind: Kind) -> None:
     for shape, layout in (((16, 5, 9001), None), ((8, 24, 40, 40), torch.channels_last)):
         x = sample(*shape)
         if layout is not None:
