@@ -50,14 +50,18 @@ class _Tracer(fx.Tracer):
     """torch.fx's tracer that stops at torch's own modules and at this package's gates."""
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        if reason := hides_rectifier(module):
-            raise TraceError(
-                f"rectifier inside {qualified_name!r} ({type(module).__name__}) cannot be "
-                f"instrumented: the module {reason}; replace it by one that calls nn.ReLU or F.relu"
-            )
         if type(module).__module__.startswith("layer_collapse.reduce."):
             return True
-        return super().is_leaf_module(module, qualified_name)
+        leaf: bool = super().is_leaf_module(module, qualified_name)
+        # a leaf hides all that is inside it: nn.TransformerEncoder its layers
+        inside = module.named_modules(prefix=qualified_name) if leaf else [(qualified_name, module)]
+        for path, hidden in inside:
+            if reason := hides_rectifier(hidden):
+                raise TraceError(
+                    f"rectifier inside {path!r} ({type(hidden).__name__}) cannot be instrumented: "
+                    f"the module {reason}; replace it by one that calls nn.ReLU or F.relu"
+                )
+        return leaf
 
 
 @contextmanager

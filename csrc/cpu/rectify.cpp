@@ -227,7 +227,16 @@ Tensor smooth(Kind kind, const Tensor& x) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// Checks every argument, then activates x into y (which may be x) and counts. y and x have the
+// Torch's result strides: where x is contiguous, most kernels give dims of size 1 (whose stride
+// says nothing) the plain one and not x's. A convolution chooses its layout by them.
+Tensor empty_result(Kind kind, const Tensor& x) {
+  if (x.is_contiguous() && kind != Kind::relu6 && kind != Kind::prelu) {
+    return torch::stable::new_empty(x, x.sizes());
+  }
+  return torch::stable::empty_like(x);
+}
+
+// Activates x into y (which may be x) and counts. y and x have the
 // same strides and leave no gaps, in storage order `order`.
 void rectify_into(const Tensor& x, Tensor& y, Tensor& ledger, Kind kind, int64_t channel_dim,
                   double slope, const std::optional<Tensor>& weight,
@@ -306,7 +315,7 @@ Tensor rectify(Tensor x, Tensor ledger, int64_t kind, int64_t channel_dim, doubl
   if (!order) order = storage_order(source);
   const auto rectifier = static_cast<Kind>(kind);
   Tensor y = is_smooth(rectifier)      ? smooth(rectifier, x)
-             : source.get() == x.get() ? torch::stable::empty_like(x)
+             : source.get() == x.get() ? empty_result(rectifier, x)
                                        : source;
   rectify_into(source, y, ledger, rectifier, dim, slope, weight, valid, *order);
   return y;
@@ -316,6 +325,10 @@ void rectify_(Tensor x, Tensor ledger, int64_t kind, int64_t channel_dim, double
               std::optional<Tensor> weight, std::optional<Tensor> valid) {
   const auto rectifier = static_cast<Kind>(kind);
   const int64_t dim = check_arguments(x, ledger, kind, channel_dim, weight, valid);
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    check(x.stride(d) != 0 || x.size(d) < 2, "rectify_: x must not be expanded (dim ", d,
+          " has stride 0)");
+  }
   const auto order = storage_order(x);
   if (order && !is_smooth(rectifier)) {
     rectify_into(x, x, ledger, rectifier, dim, slope, weight, valid, *order);

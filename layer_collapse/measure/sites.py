@@ -116,11 +116,15 @@ _ELEMENTWISE_METHODS = {
     "detach",
 }
 _ELEMENTWISE_FUNCTIONS = {F.dropout, torch.clone, torch.detach}
+_POOL_FUNCTIONS = {
+    pool + f"_pool{n}d" for pool in ("max", "avg", "adaptive_avg") for n in (1, 2, 3)
+}
+_POOL_FUNCTIONS |= {f"adaptive_max_pool{n}d" for n in (1, 2, 3)}
 _TWO_OPERANDS = {operator.add, operator.iadd, operator.sub, operator.mul, torch.add, torch.mul}
 _TWO_OPERANDS |= {torch.sub, operator.isub, operator.imul, operator.truediv, torch.div}
 _RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as"}
 _RESHAPE_FUNCTIONS = {torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, torch.unflatten}
-_REDUCTIONS = {torch.cat, torch.concat, torch.stack}
+_REDUCTIONS = {torch.cat, torch.concat}
 
 
 def _padding(pool: nn.Module) -> tuple[int, ...]:
@@ -161,7 +165,7 @@ class _Origins:
             if node.target in ("add", "add_", "sub", "mul", "mul_", "div"):
                 return self._combined(node)
         if node.op == "call_function":
-            if node.target in _ELEMENTWISE_FUNCTIONS:
+            if node.target in _ELEMENTWISE_FUNCTIONS or _name(node) in _POOL_FUNCTIONS:
                 return self._input(node)
             if node.target in _RESHAPE_FUNCTIONS:
                 return self._reshaped(node)
@@ -211,15 +215,16 @@ class _Origins:
         known = [origin for origin in operands if origin is not None]
         if not known:
             return None
-        if len(node.all_input_nodes) == 1 and node.target not in _REDUCTIONS:
+        alone = sum(isinstance(argument, fx.Node) for argument in node.args) == 1
+        if alone and node.target not in _REDUCTIONS:
             return known[0]  # with a plain number
         first = known[0]
         shape = shape_of(node)
         channels = first.channels
-        if node.target in _REDUCTIONS:
-            if shape is None or first.inner != 1 or first.outer != 1:
-                return None
-            channels = shape[first.dim]
+        if node.target in _REDUCTIONS and (shape is None or first.inner != 1 or first.outer != 1):
+            return None
+        if shape is not None and first.inner == 1 and first.outer == 1:
+            channels = shape[first.dim]  # more than the operand's after cat or broadcasting
         return replace(
             first,
             channels=channels,
@@ -237,7 +242,8 @@ class _Origins:
         before = self._input(node)
         if before is None:
             return None
-        args: tuple[Any, ...] = node.args[1:]
+        given: tuple[Any, ...] = (*node.args, *node.kwargs.values())
+        args: list[Any] = [value for value in given if not isinstance(value, fx.Node)]
         if _name(node) == "permute":
             dims = list(args[0]) if len(args) == 1 and not isinstance(args[0], int) else list(args)
         else:

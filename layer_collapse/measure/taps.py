@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..ops.rectify import apply_torch, new_ledger, rectify
+from ..ops.rectify import apply_torch, count_signs, new_ledger, rectify
 from .rectifiers import Call, Kind, module_call, parse_function
 from .sites import Site
 from .valid import positions_mask
@@ -48,23 +48,37 @@ class Counter:
             )
         if self.ledger.device != x.device:
             self.ledger = self.ledger.to(x.device)
+        self._check_shape(x)
         dim = site.channel_dim
         if site.split is not None:
+            _, channels, inner = site.split  # what lies outside may hold the batch
             dim = dim % x.dim() + 1
-            x = x.unflatten(dim - 1, site.split)
+            outer = x.shape[dim - 1] // (channels * inner)
+            x = x.unflatten(dim - 1, (outer, channels, inner))
             call = replace(call, x=x.clone() if call.inplace else x, inplace=False)
-        elif x.shape[dim] != site.neurons:
+        if valid is not None:
+            valid = positions_mask(valid, x.shape, dim, site.name)
+        if site.split is not None and call.weight is not None and call.weight.numel() > 1:
+            count_signs(call, self.ledger, dim, valid)  # slopes are not per neuron here
+            return apply_torch(original)
+        y = rectify(call, self.ledger, dim, valid)
+        if site.split is not None:
+            y = y.flatten(dim - 1, dim + 1)
+        return original.x.copy_(y) if original.inplace and site.split is not None else y
+
+    def _check_shape(self, x: Tensor) -> None:
+        site = self.site
+        dim, split = site.channel_dim, site.split
+        size = x.shape[dim] if -x.dim() <= dim < x.dim() else -1
+        fits = size == site.neurons
+        if split is not None:
+            fits = size >= 0 and size % (split[1] * split[2]) == 0
+        if not fits:
             raise RuntimeError(
                 f"rectifier {site.name!r}: expected {site.neurons} neurons in dim {dim} of its "
                 f"input (got shape {tuple(x.shape)}); track the model with example_inputs of the "
                 "shape that it is run on"
             )
-        if valid is not None:
-            valid = positions_mask(valid, x.shape, dim, site.name)
-        y = rectify(call, self.ledger, dim, valid)
-        if site.split is not None:
-            y = y.flatten(dim - 1, dim + 1)
-        return original.x.copy_(y) if original.inplace and site.split is not None else y
 
 
 class Tap:

@@ -49,10 +49,10 @@ class EntropyTracker:
         self._shared = Shared()
         self._classes: list[tuple[nn.Module, type[nn.Module]]] = []
         self._hooks: list[Any] = []
-        self._counters = self._install(graph)
+        self._counters = self._install(graph, ignore)
         self._watch_attention_mask()
 
-    def _install(self, graph: fx.GraphModule) -> dict[str, Counter]:
+    def _install(self, graph: fx.GraphModule, ignore: tuple[str, ...]) -> dict[str, Counter]:
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         counters = {site.name: Counter(site, device) for site in self.sites}
         nodes: dict[tuple[str, bool], list[fx.Node]] = defaultdict(list)
@@ -60,7 +60,7 @@ class EntropyTracker:
             nodes[source_of(node)].append(node)
         for path, module in self.model.named_modules():
             kind = module_kind(module)
-            if kind is not None and (path, False) not in nodes:
+            if kind is not None and (path, False) not in nodes and path not in ignore:
                 nodes[path, False] = []  # never called in the graph: a call will be an error
         for (source, functional), calls in nodes.items():
             module = self.model.get_submodule(source)
