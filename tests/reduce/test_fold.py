@@ -49,6 +49,9 @@ def test_folded_equals_unfolded(name, kinds, dtype, sparsity, seed) -> None:  # 
     assert relative(models.in_float64(result.model, x), expected) <= LIMIT[dtype]
     assert relative(result.model(x).double(), expected) <= max(LIMIT[dtype], 1e-9)
     after = state(model)
+    assert all(module.training for module in model.modules())
+    ours = {t.data_ptr() for t in result.model.parameters()}
+    assert not ours & {t.data_ptr() for t in model.parameters()}
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert all(t.dtype == dtype for t in result.model.parameters())

@@ -288,7 +288,7 @@ def test_dead_neurons_leave_through_pools_and_flatten() -> None:
     assert get("2").weight.shape == (4, 3, 3, 3)
     assert get("3").weight.shape == (4,)
     assert get("4").weight.shape == (4, 1, 3, 3)
-    assert get("4").groups == 4
+    assert (get("4").groups, get("4").in_channels, get("4").out_channels) == (4, 4, 4)
     assert get("8").weight.shape == (3, 4 * 16)
     assert get("10").weight.shape == (2, 3)
 
@@ -325,16 +325,25 @@ def test_a_border_before_the_pool_is_no_constant_of_the_neuron() -> None:
     assert torch.allclose(result.model(x), model(x), rtol=0, atol=1e-12)
 
 
-def test_pool_that_mixes_neurons_stops_the_rule() -> None:
-    model = Way(
-        lambda s, x: s.b(F.relu(s.pool(s.a(x)))),
-        a=nn.Linear(3, 8),
-        pool=nn.MaxPool1d(1),  # of [N, C]: pools over C
-        b=nn.Linear(8, 2),
-    )
+@pytest.mark.parametrize(
+    ("layer", "pool", "reader", "shape"),
+    [
+        (nn.Linear(3, 8), nn.MaxPool1d(1), nn.Linear(8, 2), (4, 3)),
+        (nn.Linear(3, 8), nn.AvgPool1d(2), nn.Linear(4, 2), (4, 5, 3)),
+        (nn.Conv1d(3, 8, 1), nn.MaxPool2d(2), nn.Conv1d(4, 2, 1), (4, 3, 6)),
+        (nn.Conv1d(3, 8, 1), lambda x: F.max_pool2d(x, 2), nn.Conv1d(4, 2, 1), (4, 3, 6)),
+    ],
+)
+def test_pools_that_mix_neurons_stop_the_rule(layer, pool, reader, shape) -> None:  # type: ignore[no-untyped-def]
+    """Pools of another rank than the value take its channels for a spatial dim."""
+    model = Way(lambda s, x: s.b(F.relu(pool(s.a(x)))), a=layer, b=reader)
+    if isinstance(pool, nn.Module):
+        model.pool = pool
+        model.way = lambda s, x: s.b(F.relu(s.pool(s.a(x))))
     with torch.no_grad():
         model.a.weight[1] = 0
-    assert rules(check(model, torch.randn(4, 3))) == []
+    result = check(model, torch.randn(shape))
+    assert (rules(result), result.report.refusals) == ([], [])
 
 
 # Constants
@@ -421,3 +430,49 @@ def test_position_embedding_and_attention_of_a_constant() -> None:
     assert rules(result) == ["biasmap"]
     assert "pos" not in dict(result.model.named_parameters())
     assert result.model.get_submodule("constant_bias_0").value.shape == (4, 3)
+
+
+def test_mean_over_a_border_map_holds_for_one_size() -> None:
+    """One number per channel, yet another one for another image size."""
+
+    def way(s, x):  # type: ignore[no-untyped-def]
+        return s.stem(x) + s.padded(s.a(x)).mean((2, 3), keepdim=True)
+
+    model = Way(
+        way, stem=nn.Conv2d(2, 3, 1), a=nn.Conv2d(2, 2, 1), padded=nn.Conv2d(2, 3, 3, padding=1)
+    )
+    nn.init.zeros_(model.a.weight)
+    result = check(model, torch.randn(2, 2, 5, 5))
+    assert rules(result) == ["biasmap", "absorb"]
+    assert left(result) == {"stem"}
+    assert result.report.checked_sizes == [[[2, 2, 5, 5]]] * 2
+
+
+def test_absorbing_passes_by_a_broadcast_summand() -> None:
+    def way(s, x):  # type: ignore[no-untyped-def]
+        return torch.tanh((s.one(x) + s.all(x)) + s.empty(x))
+
+    model = Way(way, one=nn.Linear(3, 1), all=nn.Linear(3, 3), empty=nn.Linear(3, 3))
+    nn.init.zeros_(model.empty.weight)
+    result = check(model, torch.randn(2, 3))
+    assert [f.detail for f in result.report.folds if f.rule == "absorb"] == ["into all"]
+    assert result.report.refusals == []
+
+
+def test_weights_that_the_dtype_cannot_hold_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4), nn.Tanh()).half().eval()
+    with torch.no_grad():
+        model[0].weight.fill_(100.0)
+        model[1].running_var.fill_(1e-6)
+        model[1].eps = 0.0
+    result = fold(model, torch.full((2, 4), 1e-3, dtype=torch.float16))  # 1e5 > 65504
+    assert "relative error of inf is above 2e-03" in reason(result, "batch norm")
+
+
+def test_folded_weights_are_no_views() -> None:
+    model = nn.Sequential(nn.Linear(3, 6), gate([1, 0, 0, 1, 1, 1]), nn.Linear(6, 3), nn.Tanh())
+    tokens = Way(lambda s, x: torch.tanh(s.a(x) + s.b(x)), a=model, b=nn.Linear(3, 3))
+    model[1].channel_dim = 2
+    nn.init.zeros_(tokens.b.weight)
+    for tensor in check(tokens, torch.randn(2, 4, 3)).model.state_dict().values():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes

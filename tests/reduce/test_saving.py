@@ -208,6 +208,14 @@ def test_unregistered_calls_are_refused_by_name(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_a_module_that_is_not_as_its_fields_say_is_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    model[0].weight = nn.Parameter(torch.zeros(4, 3))
+    with pytest.raises(ValueError, match=r"0.weight does not fit a Linear; nothing was written"):
+        save_folded(fx.symbolic_trace(model), tmp_path / "m.safetensors")
+    assert os.listdir(tmp_path) == []
+
+
 class _Calls(nn.Module):
     def __init__(self, way) -> None:  # type: ignore[no-untyped-def]
         super().__init__()
@@ -374,6 +382,7 @@ def test_forged_recipes_load_or_are_refused(saved: bytes, tmp_path: Path, data) 
         (lambda r: r["tensors"].update({"free": r["tensors"]["stem.bias"]}), "never used"),
         (lambda r: r["tensors"].pop("stem.bias"), "not those of its recipe"),
         (lambda r: r["checksums"].update({"stem.bias": 1}), "'stem.bias' is damaged"),
+        (lambda r: r["modules"].update(free={"type": "Tanh", "fields": {}}), "never called"),
         (lambda r: r["nodes"].pop(), "one output"),
         (lambda r: r["nodes"].pop(1), "unknown node"),
     ],
