@@ -136,6 +136,7 @@ def _chain_inplace_rectifiers(root: nn.Module, graph: fx.Graph) -> None:
 
 def _trace_once(model: nn.Module, concrete: dict[str, Any]) -> fx.GraphModule:
     tracer = _Tracer()
+    attributes = set(vars(model))
     try:
         graph = tracer.trace(model, concrete_args=concrete or None)
     except TraceError:
@@ -146,9 +147,13 @@ def _trace_once(model: nn.Module, concrete: dict[str, Any]) -> fx.GraphModule:
             f"cannot trace {type(model).__name__}: its forward has control flow or calls that "
             f"torch.fx does not follow ({first_line}); move them out of forward"
         ) from error
-    _drop_concrete_arguments(graph, concrete)
-    _chain_inplace_rectifiers(tracer.root, graph)
-    return fx.GraphModule(tracer.root, graph, type(model).__name__)
+    else:
+        _drop_concrete_arguments(graph, concrete)
+        _chain_inplace_rectifiers(tracer.root, graph)
+        return fx.GraphModule(tracer.root, graph, type(model).__name__)
+    finally:
+        for name in set(vars(model)) - attributes:  # tensors that forward creates: the graph's now
+            delattr(model, name)
 
 
 def _functional_dropouts_to_modules(

@@ -75,6 +75,15 @@ def test_optional_arguments_take_the_path_that_is_given() -> None:
         assert not torch.equal(traced(x, mask), model(x))
 
 
+def test_tensors_that_forward_creates_are_left_in_the_graph_alone() -> None:
+    model = with_forward(lambda self, x: F.prelu(self.a(x), torch.tensor([0.25])))
+    before = set(vars(model))
+    traced = trace(model)
+    assert set(vars(model)) == before
+    x = torch.randn(3, 4)
+    assert torch.equal(traced(x), model(x))
+
+
 def test_example_inputs_give_shapes() -> None:
     model = Net()
     nodes = {n.name: n for n in trace(model, torch.randn(3, 4)).graph.nodes}

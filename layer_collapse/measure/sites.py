@@ -320,6 +320,13 @@ def scope_of(module: fx.GraphModule, nodes: list[fx.Node]) -> str:
     return scope
 
 
+def calls_per_forward(nodes: list[fx.Node]) -> int | None:
+    """How many of an owner's functional calls one of its forwards makes; None where they differ."""
+    forwards = Counter(tuple(node.meta.get("nn_module_stack") or {}) for node in nodes)
+    counts = set(forwards.values())
+    return counts.pop() if len(counts) == 1 else None
+
+
 def find_sites(module: fx.GraphModule, ignore: tuple[str, ...] = ()) -> list[Site]:
     """Every rectifier call of a traced model, in the order of execution.
 

@@ -122,6 +122,8 @@ class _Rectify(torch.autograd.Function):
 
 
 class _Prelu(torch.autograd.Function):
+    """weight: [1, C, 1, ...] as torch's own op saves it, so that either may replay the other."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -137,12 +139,8 @@ class _Prelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        # torch's PReLU has its weight on dim 1 (on dim 0 for a vector), whatever feeds it
-        shape = [1] * x.dim()
-        shape[1 if x.dim() > 1 else 0] = -1
-        grad_x, grad_weight = _aten._prelu_kernel_backward(grad, x, weight.view(shape))
-        reduced = [d for d, size in enumerate(shape) if size == 1 or weight.numel() == 1]
-        return grad_x, grad_weight.sum(reduced).view_as(weight), None, None, None
+        grad_x, grad_weight = _aten._prelu_kernel_backward(grad, x, weight)
+        return grad_x, grad_weight.sum_to_size(weight.shape), None, None, None
 
 
 class _RectifyInPlace(torch.autograd.Function):
@@ -218,7 +216,10 @@ def rectify(call: Call, ledger: Tensor, channel_dim: int, valid: Tensor | None =
         before = None if kind.name in ("relu", "relu6", "leaky_relu") else x.clone()
         return _RectifyInPlace.apply(x, before, ledger, kind.name, channel_dim, call.slope, valid)
     if kind.name == "prelu":
-        return _Prelu.apply(x, call.weight, ledger, channel_dim, valid)
+        shape = [1] * x.dim()
+        shape[min(1, x.dim() - 1)] = -1
+        assert call.weight is not None
+        return _Prelu.apply(x, call.weight.view(shape), ledger, channel_dim, valid)
     return _Rectify.apply(x, ledger, kind.name, channel_dim, call.slope, valid)
 
 
