@@ -23,12 +23,12 @@ def fingerprint(model: nn.Module) -> str:
     """Hash of every parameter and buffer: name, dtype, shape and bits.
 
     A scan's report carries it, so that zero entropy certified for one set of weights is never used
-    on another.
+    on another. Buffers that ``state_dict`` leaves out count too: outputs depend on them.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, Tensor):
-            continue
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(flat.numpy().data)

@@ -22,6 +22,7 @@ from ..graph import (
     WEIGHTED,
     TraceError,
     call_counts,
+    carries_data,
     owner_path,
     reaches_output,
     rectifier_function,
@@ -187,8 +188,11 @@ class _Origins:
         if isinstance(called, nn.Embedding):
             return _Origin(called.embedding_dim, -1, why_not="it is fed by an embedding")
         if isinstance(called, (*BATCH_NORM, nn.GroupNorm, nn.LayerNorm)):
-            if before is not None:
+            if before is not None and self._per_neuron(node, called, before):
                 return replace(before, norm=(*before.norm, path))
+            if before is not None:
+                why_not = f"{path!r} normalises something else than the neurons of its layer"
+                return replace(before, feeding=None, norm=(*before.norm, path), why_not=why_not)
             if isinstance(called, nn.LayerNorm):
                 channels, dim = called.normalized_shape[-1], -1
             else:
@@ -204,6 +208,20 @@ class _Origins:
         if isinstance(called, nn.Flatten | nn.Unflatten):
             return self._reshaped(node)
         return None
+
+    def _per_neuron(self, node: fx.Node, norm: nn.Module, origin: _Origin) -> bool:
+        """Whether a normalisation has one weight and bias per neuron.
+
+        If not (batch norm over flattened images, layer norm over whole ones), a neuron whose layer
+        is empty still takes a value of its own at every position.
+        """
+        layer = isinstance(norm, nn.LayerNorm)
+        shape = norm.normalized_shape if isinstance(norm, nn.LayerNorm) else None
+        sizes = shape or (getattr(norm, "num_features", getattr(norm, "num_channels", 0)),)
+        if sizes != (origin.channels,) or (origin.outer, origin.inner) != (1, 1):
+            return False
+        known = shape_of(node)
+        return known is None or (-1 if layer else 1) % len(known) == origin.dim % len(known)
 
     def _after_rectifier(self, node: fx.Node) -> _Origin | None:
         before = self._input(node)
@@ -283,8 +301,18 @@ def _tied_parameters(module: nn.Module) -> set[int]:
     return {key for key, count in owners.items() if count > 1}
 
 
+def _has_other_readers(node: fx.Node, feeding: str) -> bool:
+    """Whether something else than this rectifier reads the feeding layer's output."""
+    value = node
+    while str(value.target) != feeding or value.op != "call_module":
+        value = value.all_input_nodes[0]
+        if sum(carries_data(user) for user in value.users) != 1:
+            return True
+    return False
+
+
 def _why_no_candidate(
-    origin: _Origin, module: fx.GraphModule, calls: Counter[str], tied: set[int]
+    node: fx.Node, origin: _Origin, module: fx.GraphModule, calls: Counter[str], tied: set[int]
 ) -> str:
     if origin.feeding is None:
         return origin.why_not
@@ -292,6 +320,8 @@ def _why_no_candidate(
         return f"its feeding layer {origin.feeding!r} is called {calls[origin.feeding]} times"
     if any(id(p) in tied for p in module.get_submodule(origin.feeding).parameters()):
         return f"the weights of its feeding layer {origin.feeding!r} are shared"
+    if _has_other_readers(node, origin.feeding):
+        return f"the output of its feeding layer {origin.feeding!r} is also used elsewhere"
     return ""
 
 
@@ -372,7 +402,7 @@ def find_sites(module: fx.GraphModule, ignore: tuple[str, ...] = ()) -> list[Sit
                 f"leave it out with ignore=({name!r},)"
             )
         plain = origin.outer == 1 and origin.inner == 1
-        why_not = _why_no_candidate(origin, module, calls, tied)
+        why_not = _why_no_candidate(node, origin, module, calls, tied)
         sites.append(
             Site(
                 name=name,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from ..graph import ExampleInputs, rectifier_nodes, submodule, trace
+from ..graph import ExampleInputs, rectifier_nodes, submodule, trace, training_mode
 from ..measure.rectifiers import module_call, parse_function
 from ..measure.report import (
     EMPTY,
@@ -104,8 +104,9 @@ def gate_for(model: nn.Module, node: fx.Node, site: Site, row: RectifierEntropy)
     """The gate of one rectifier: y = scale z + offset per neuron.
 
     ReLU off (0, 0), on (1, 0); LeakyReLU and PReLU off (slope, 0); ReLU6 saturated (0, 6);
-    Hardswish as ReLU. GELU and SiLU behind an empty layer: (0, act(z)), z being a constant. A
-    neuron that still switches becomes (1, 0): identity loses least before fine-tuning.
+    Hardswish as ReLU. Behind an empty layer, GELU, SiLU and a Hardswish between its corners:
+    (0, act(z)), z being a constant. Any other neuron that still switches becomes (1, 0): identity
+    loses least before fine-tuning.
 
     Args:
         model: in evaluation mode; node and site are of its graph.
@@ -116,7 +117,7 @@ def gate_for(model: nn.Module, node: fx.Node, site: Site, row: RectifierEntropy)
     scale = torch.ones(site.neurons, dtype=reference.dtype, device=reference.device)
     offset = torch.zeros_like(scale)
     called = model.get_submodule(site.source) if not site.functional else None
-    if row.state == EMPTY and not site.kind.piecewise_linear:
+    if row.state == EMPTY and (row.mixed or not site.kind.piecewise_linear):
         call = (
             module_call(called, site.kind, _constant_input(model, site))
             if called is not None
@@ -203,22 +204,20 @@ def linearize(
     sites = {site.name: site for site in find_sites(graph) if site.name in known}
     nodes = {node.name: node for node in rectifier_nodes(graph)}
     calls = [source_of(node) for node in nodes.values()]
-    was_training = graph.training
-    graph.eval()
     gates = []
-    for name in (*exact, *approximate):
-        site = sites[name]
-        node = nodes[site.node]
-        if site.kind.name == "prelu" and submodule(graph, node) is None:
-            kept[name] = "a functional PReLU has its slopes in the graph"
-            continue
-        gates.append((node, site, gate_for(graph, node, site, entropy[name])))
+    with training_mode(graph, False):
+        for name in (*exact, *approximate):
+            site = sites[name]
+            node = nodes[site.node]
+            if site.kind.name == "prelu" and submodule(graph, node) is None:
+                kept[name] = "a functional PReLU has its slopes in the graph"
+                continue
+            gates.append((node, site, gate_for(graph, node, site, entropy[name])))
     for node, site, gate in gates:
         _place(graph, node, site, gate, calls.count((site.source, site.functional)) == 1)
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
     graph.recompile()
-    graph.train(was_training)
     return Linearized(
         graph,
         tuple(name for name in exact if name not in kept),
