@@ -33,8 +33,8 @@ class Settings:
     data: str
     model: str
     strategy: str = "entropy"
-    rounds: int = 5
-    fraction: float = 0.75
+    rounds: int = 3
+    fraction: float = 0.8
     floor: int = 64
     max_emptied: int = 2
     accept_loss: float | None = None
