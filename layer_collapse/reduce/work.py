@@ -224,8 +224,6 @@ class Work:
             dtype = self.dtypes[name]
             if tensor.dtype != dtype:
                 tensor.data = tensor.data.to(dtype)
-            elif name not in self.tied and tensor.untyped_storage().nbytes() != tensor.nbytes:
-                tensor.data = tensor.data.clone()  # not a view that keeps a larger tensor alive
         for node in self.module.graph.nodes:
             node.meta.pop("fold_value", None)
         self.module.graph.lint()
