@@ -184,7 +184,12 @@ class _Origins:
         if isinstance(called, WEIGHTED):
             last = isinstance(called, nn.Linear)
             channels: Any = called.out_features if last else called.out_channels
-            return _Origin(int(channels), -1 if last else 1, feeding=path)
+            shape = shape_of(node)
+            if last or shape is None:
+                return _Origin(int(channels), -1 if last else 1, feeding=path)
+            kernel: Any = called.kernel_size
+            dim = len(shape) - len(kernel) - 1  # 0 for one sample without a batch dim
+            return _Origin(int(channels), dim, feeding=path)
         if isinstance(called, nn.Embedding):
             return _Origin(called.embedding_dim, -1, why_not="it is fed by an embedding")
         if isinstance(called, (*BATCH_NORM, nn.GroupNorm, nn.LayerNorm)):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _C  # noqa: F401 - importing the module registers the ops
 from ..measure.rectifiers import KINDS, Call, Kind
@@ -182,9 +183,10 @@ def _autocast(tensor: Tensor) -> Tensor:
 
 
 def count_signs(call: Call, ledger: Tensor, channel_dim: int, valid: Tensor | None = None) -> None:
-    """Add the signs of a PReLU's input to a ledger and leave the activation to the caller."""
-    # LeakyReLU has the same counters and no slopes per channel
-    _ops.rectify(call.x.detach(), ledger, KINDS["leaky_relu"].code, channel_dim, 1.0, None, valid)
+    """Add the signs of a call's input to a ledger and leave the activation to the caller."""
+    # LeakyReLU has PReLU's counters and no slopes per channel
+    kind = KINDS["leaky_relu"] if call.kind.name == "prelu" else call.kind
+    _ops.rectify(call.x.detach(), ledger, kind.code, channel_dim, 1.0, None, valid)
 
 
 def rectify(call: Call, ledger: Tensor, channel_dim: int, valid: Tensor | None = None) -> Tensor:
@@ -202,6 +204,9 @@ def rectify(call: Call, ledger: Tensor, channel_dim: int, valid: Tensor | None =
         What torch's own function returns, bit for bit, with the same strides; x itself, changed,
         for an in-place call.
     """
+    if forward_ad._current_level >= 0:  # the op passes no tangent on, torch's do
+        count_signs(call, ledger, channel_dim, valid)
+        return apply_torch(call)
     if call.weight is not None:
         weight = _autocast(call.weight)
         call = replace(call, x=_autocast(call.x), weight=weight)

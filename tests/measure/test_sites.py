@@ -52,6 +52,7 @@ FOLLOWED = {
     "linear over tokens": (lambda m, x: m.act(m.linear(x)), TOKENS, 2, None, "linear", ()),
     "conv1d": (lambda m, x: m.act(m.conv1(x)), SIGNAL, 1, None, "conv1", ()),
     "conv2d": (lambda m, x: m.act(m.conv2(x)), IMAGE, 1, None, "conv2", ()),
+    "one image": (lambda m, x: m.act(m.conv2(x)), IMAGE[0], 0, None, "conv2", ()),
     "conv, bn": (lambda m, x: m.act(m.bn2(m.conv2(x))), IMAGE, 1, None, "conv2", ("bn2",)),
     "linear, bn": (lambda m, x: m.act(m.bn1(m.linear(x))), VECTOR, 1, None, "linear", ("bn1",)),
     "layer norm": (
@@ -273,6 +274,7 @@ def test_an_embedding_is_no_candidate() -> None:
         lambda m, x: m.act(x),
         lambda m, x: m.act(m.linear(x).sort().values),
         lambda m, x: m.act(torch.stack([m.linear(x), m.other(x)])),
+        lambda m, x: m.act(m.linear(x).view(B, 3, 10)),  # cuts across the neurons
         lambda m, x: m.act(torch.einsum("btc->cbt", m.linear(x))),
     ],
 )

@@ -358,6 +358,18 @@ def test_in_place_on_a_view_reaches_its_base() -> None:
     assert torch.equal(*grads)
 
 
+@pytest.mark.parametrize("kind", ALL_KINDS, ids=lambda k: k.name)
+def test_forward_mode_passes_tangents_and_counts(kind: Kind) -> None:
+    x, tangent = torch.randn(5, 3), torch.randn(5, 3)
+    ledger = new_ledger(kind, 3)
+    got = torch.func.jvp(lambda x: rectify(call_of(kind, x), ledger, 1), (x,), (tangent,))
+    expected = torch.func.jvp(lambda x: apply_torch(call_of(kind, x)), (x,), (tangent,))
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+    assert expected[1].any()
+    assert torch.equal(ledger, reference_of(kind, x, 1)[1])
+
+
 def test_no_graph_without_grad_mode() -> None:
     x = torch.randn(3, 4, requires_grad=True)
     with torch.no_grad():
