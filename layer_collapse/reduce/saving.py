@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, fx, nn
 
+from ..files import write_atomically
 from . import recipe
 from .contents import VERSION, assembled, checked, dense, named_tensors, owner_of
 from .recipe import DTYPE_NAMES, require
@@ -50,7 +51,7 @@ def save_folded(
     except (ValueError, TypeError) as error:
         raise ValueError(f"save_folded: {error}; nothing was written") from error
     header = {"format": FORMAT, "recipe": text, "crc32": str(zlib.crc32(text.encode()))}
-    _write_atomically(Path(path), to_bytes(stored, header))
+    write_atomically(path, to_bytes(stored, header))
 
 
 def load_folded(path: str | os.PathLike[str]) -> fx.GraphModule:
@@ -145,22 +146,3 @@ def _to_recipe(module: fx.GraphModule, extra: dict[str, Any]) -> tuple[str, dict
 def _crc32(tensor: Tensor) -> int:
     flat = tensor.contiguous().reshape(-1)
     return zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Write beside ``path``, flush to the disk, rename: a crash leaves the old file or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)  # makes the rename itself lasting
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
