@@ -8,6 +8,7 @@ The training loop is the caller's; this module decides what is pruned when, neve
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -18,12 +19,12 @@ import torch
 from torch import fx, nn
 
 from . import checkpoint
-from .graph import ExampleInputs, trace
+from .graph import ExampleInputs, rectifier_nodes, trace
 from .measure.report import EntropyReport
 from .measure.scan import Batch, scan
 from .measure.sites import find_sites
 from .prune.masks import Masks
-from .prune.rounds import CutError, Guards, candidate_weights, prune_round
+from .prune.rounds import CutError, Guards, candidate_weights, check_fraction, prune_round
 from .prune.strategies import Strategy
 from .prune.strategies import strategy as strategy_named
 from .reduce.fold import FoldResult, fold
@@ -183,10 +184,11 @@ class _Run:
         tensors, meta = checkpoint.load(self.file)
         saved = meta.get("settings")
         if saved != self.settings:
-            pairs = saved.items() if isinstance(saved, dict) else ()
-            differ = [key for key, value in pairs if self.settings.get(key) != value]
+            mine, other = self.settings, saved if isinstance(saved, dict) else {}
+            absent = object()
+            differ = [k for k in mine | other if mine.get(k, absent) != other.get(k, absent)]
             raise ValueError(
-                f"{self.file} belongs to a run with other settings ({', '.join(differ) or 'all'}); "
+                f"{self.file} belongs to a run with other settings ({', '.join(differ)}); "
                 "give this run another folder, or delete that one"
             )
         try:
@@ -194,6 +196,8 @@ class _Run:
             self.masks.load_words(checkpoint.without_prefix("mask.", tensors))
             self.history = [Step(**step) for step in meta["history"]]
             self.stopped = str(meta["stopped"])
+            if not self.history:
+                raise ValueError("it holds no phase")
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
@@ -236,11 +240,11 @@ class _Run:
         """
         current, accepted, refused = start, list[str](), set[str]()
         floor = self.evaluate(start.model) - points
-        while True:
+        while rectifier_nodes(current.model):
             report = self.scan(current.model)
             left = [r for r in report if r.candidate and r.name not in refused and r.positions]
             if not left:
-                return current, accepted
+                break
             row = min(left, key=lambda r: r.entropy)
             phase = self.phase("accept", len(accepted) + len(refused) + 1)
             tried = linearize(
@@ -260,6 +264,7 @@ class _Run:
             else:
                 refused.add(row.name)
                 self.masks = masks
+        return current, accepted
 
 
 def collapse(
@@ -311,6 +316,9 @@ def collapse(
     """
     if rounds < 0:
         raise ValueError(f"rounds must be 0 or more (got {rounds})")
+    check_fraction(fraction)
+    if accept_loss is not None and not accept_loss >= 0:
+        raise ValueError(f"accept_loss must be 0 or more (got {accept_loss})")
     chosen, guards = strategy_named(strategy), guards or Guards()
     identity = {
         "strategy": repr(chosen),
@@ -320,6 +328,7 @@ def collapse(
         "seed": seed,
         **(settings or {}),
     }
+    identity = json.loads(json.dumps(identity, allow_nan=False))  # as a checkpoint gives it back
     folder = None if folder is None else Path(folder)
     run = _Run(model, train, evaluate, data, example_inputs, identity, folder, observe, log)
     run.resume()

@@ -44,7 +44,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.optimizer not in ("sgd", "adamw"):
             raise ValueError(f"optimizer must be 'sgd' or 'adamw' (got {self.optimizer!r})")
-        if min(self.epochs, self.dense_epochs) < 0 or self.batch < 1 or self.lr <= 0:
+        if min(self.epochs, self.dense_epochs) < 0 or self.batch < 1 or not self.lr > 0:
             raise ValueError("expected epochs >= 0, batch >= 1 and lr > 0")
 
     def epochs_of(self, phase: Phase) -> int:

@@ -16,9 +16,9 @@ from .console import add_json_flag, log, print_json, progress, results
 DEMO = Settings(
     data="digits",
     model="resmlp",
-    rounds=2,
-    fraction=0.9,
-    recipe=Recipe(epochs=30, dense_epochs=30, batch=64),
+    rounds=3,
+    fraction=0.85,
+    recipe=Recipe("adamw", 2e-3, weight_decay=0.01, epochs=12, dense_epochs=12, batch=64),
 )
 #: Recipes that differ from the default, by model.
 RECIPES = {"vit": Recipe("adamw", lr=1e-3, weight_decay=0.01)}

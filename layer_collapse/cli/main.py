@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from .. import __version__
 from ..graph import TraceError
@@ -31,9 +32,16 @@ exit codes:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses bad arguments in one line; its subcommands are of the same class."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    main_parser = argparse.ArgumentParser(
+    main_parser = _Parser(
         prog="layer-collapse",
         description="Measure, prune and fold networks until whole layers leave them.",
         epilog=_EPILOG,

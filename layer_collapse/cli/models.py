@@ -7,6 +7,8 @@ import importlib
 import platform
 import shutil
 import sys
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +127,11 @@ def _samples(
         known = ", ".join(data.NAMES)
         raise FileNotFoundError(f"--data must be {known} or a file; there is no file {path}")
     if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                found = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{path} is no .npz file of plain arrays ({error})") from error
     else:
         try:
             found = safetensors.torch.load_file(path)
@@ -158,11 +163,14 @@ def _build(
     sys.path.insert(0, "")  # as `python -m` does: the user's own file lies here
     try:
         build = getattr(importlib.import_module(module_name), attribute, None)
-    except ImportError as error:
-        raise ImportError(f"cannot import {module_name!r} for --model ({error})") from error
+    except Exception as error:  # the user's file may raise anything
+        raise ImportError(f"cannot import {module_name!r} for --model ({error!r})") from error
     if not callable(build):
         raise ValueError(f"{module_name!r} has no callable {attribute!r} for --model")
-    model = build()
+    try:
+        model = build()
+    except Exception as error:
+        raise ValueError(f"{choice} for --model failed ({error!r})") from error
     if not isinstance(model, nn.Module):
         raise TypeError(f"{choice} must return a torch.nn.Module (got {type(model).__name__})")
     return model

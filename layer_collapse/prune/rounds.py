@@ -95,6 +95,12 @@ def prunable_layers(
     return layers
 
 
+def check_fraction(fraction: float) -> None:
+    """Raises ValueError unless ``fraction`` is above 0 and below 1."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction must be above 0 and below 1 (got {fraction})")
+
+
 def plan(
     layers: Sequence[PrunableLayer],
     fraction: float,
@@ -107,8 +113,7 @@ def plan(
     Raises:
         ValueError: ``fraction`` is not between 0 and 1, or there is no candidate.
     """
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction must be above 0 and below 1 (got {fraction})")
+    check_fraction(fraction)
     if not layers:
         raise ValueError(
             "no rectifier is a candidate: none is fed by a layer of its own alone, so pruning a "
