@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
+from torch.fx.node import map_aggregate
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
 from .measure.rectifiers import FUNCTIONS, METHODS, hides_rectifier, module_kind
 
@@ -225,17 +226,36 @@ def ordered_inputs(module: fx.GraphModule, example_inputs: ExampleInputs) -> lis
     return [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]
 
 
+class _Shapes(fx.Interpreter):
+    """torch's ShapeProp, but for the traceback that it prints where the model does not run."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        tensors = []
+
+        def described(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            tensors.append(value)
+            return _extract_tensor_metadata(value)
+
+        meta = map_aggregate(result, described)
+        if tensors:
+            n.meta["tensor_meta"] = meta
+        return result
+
+
 def record_shapes(module: fx.GraphModule, example_inputs: ExampleInputs) -> None:
     """Run ``module`` once in evaluation mode and note every value's shape in the graph."""
     ordered = ordered_inputs(module, example_inputs)
     try:
         with torch.no_grad(), training_mode(module, False):
-            ShapeProp(module).propagate(*ordered)
+            _Shapes(module).run(*ordered)
     except Exception as error:
-        cause = error.__cause__ or error
+        first_line = (str(error).strip() or repr(error)).splitlines()[0]
         raise TraceError(
-            f"the model does not run on the example inputs ({str(cause).splitlines()[0]}); pass "
-            "inputs of the shapes and dtypes that the model expects"
+            f"the model does not run on the example inputs ({first_line}); pass inputs of the "
+            "shapes and dtypes that the model expects"
         ) from error
 
 

@@ -88,7 +88,8 @@ def _finish(settings: Settings, arguments: argparse.Namespace, **options: Any) -
         print_json(content)
     else:
         results.print(summary(content))
-        results.print(f"report: {arguments.out / 'report.html'}", markup=False)
+        page = arguments.out / "report.html"
+        results.print(f"report: {page}", markup=False, soft_wrap=True)
     return 0
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .. import _C, __version__, checkpoint, data, models
+from ..measure.report import NONFINITE
 from ..measure.scan import scan
 from ..reduce.fold import fold
 from ..reduce.latency import compare
@@ -211,6 +212,9 @@ def _measure(arguments: argparse.Namespace) -> int:
 
 def _fold(arguments: argparse.Namespace) -> int:
     model, example, report = _scan(arguments)
+    for row in report:
+        if row.state == NONFINITE:
+            raise ValueError(f"rectifier {row.name!r} saw NaN; check the weights and the data")
     linear = linearize(model, report, example, tolerance=arguments.tolerance)
     result = fold(linear.model, example)
     save_folded(result.model, arguments.out)
@@ -234,6 +238,7 @@ def _fold(arguments: argparse.Namespace) -> int:
             f"latency {latency.before:.3f} -> {latency.after:.3f} ms (batch {latency.batch}, "
             f"{latency.threads} threads); saved to {arguments.out}",
             markup=False,
+            soft_wrap=True,
         )
     if not gone:
         log("no rectifier has zero entropy, so no layer left the network")

@@ -184,9 +184,11 @@ def linearize(
 
     Raises:
         ValueError: the report certifies nothing, belongs to other weights, or a named rectifier is
-            not linear.
+            not linear; ``tolerance`` is negative or NaN.
         CutError: the network is cut.
     """
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(f"tolerance must be 0 bits or more (got {tolerance})")
     if not entropy.certified:
         raise ValueError(
             "linearize needs the report of layer_collapse.scan(model, data); counts taken while "

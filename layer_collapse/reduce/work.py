@@ -149,7 +149,8 @@ class Work:
         """
         self._check_in_place(plan)
         known = self.sizes()
-        values = {s: self._random(s) for s in plan.sources} | known
+        # In the graph's order: rules collect sources in sets, whose order differs between runs.
+        values = {s: self._random(s) for s in sorted(plan.sources)} | known
         before = proof.run_region(self.module, [plan.target], values)[plan.target]
         dtypes = self._stored_dtypes(plan)
         modules = {path: _rounded(m, path, dtypes) for path, m in plan.modules.items()}

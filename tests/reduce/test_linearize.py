@@ -309,6 +309,9 @@ def test_tolerance_replaces_by_identity_unless_never_on() -> None:
     everything = linearize(model, report, x, tolerance=math.inf, names=["act", "other"])
     assert everything.approximate == ("act", "other")
     assert everything.kept == {}
+    for bad in (-0.1, math.nan):
+        with pytest.raises(ValueError, match=r"tolerance must be 0 bits or more \(got"):
+            linearize(model, report, x, tolerance=bad)
 
 
 def test_refusals() -> None:
