@@ -3,7 +3,7 @@
     tracker = layer_collapse.track(model)            # counts signs while the model trains
     report = layer_collapse.scan(model, data)        # certifies which rectifiers are linear
     linear = layer_collapse.linearize(model, report)
-    folded = layer_collapse.fold(linear.model, example_inputs)
+    folded = layer_collapse.fold(linear.model, example_inputs).model
 
 or all of it, around your own training loop: :func:`layer_collapse.collapse`.
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from . import __version__, checkpoint, data, models, report
 from .collapse import CollapseResult, Phase, collapse
@@ -19,7 +19,8 @@ from .graph import depth, rectifier_nodes, trace
 from .measure.report import EMPTY
 from .prune.masks import Masks
 from .prune.rounds import Guards
-from .reduce.gate import ConstantBias
+from .reduce.fold import fold
+from .reduce.gate import AffineGate, ConstantBias
 from .reduce.latency import compare
 from .reduce.saving import load_folded, save_folded
 from .training import Progress, Recipe, accuracy, predictions, silent, train_phase
@@ -32,8 +33,8 @@ class Settings:
     data: str
     model: str
     strategy: str = "entropy"
-    rounds: int = 5
-    fraction: float = 0.75
+    rounds: int = 3
+    fraction: float = 0.8
     floor: int = 64
     max_emptied: int = 2
     accept_loss: float | None = None
@@ -67,13 +68,16 @@ def _train_control(
     return model
 
 
-def _shallow_control(folded: fx.GraphModule, seed: int) -> fx.GraphModule:
-    """The folded architecture with fresh weights."""
-    model = copy.deepcopy(folded)
+def _shallow_control(linearized: fx.GraphModule, example: Tensor, seed: int) -> fx.GraphModule:
+    """The folded architecture with fresh weights; it keeps its batch norms to train well."""
+    model = copy.deepcopy(fold(linearized, example, without=("batch norm",)).model)
     torch.manual_seed(seed)
     for module in model.modules():
         if isinstance(module, ConstantBias):
             module.value.zero_()
+        elif isinstance(module, AffineGate):
+            module.scale.fill_(1.0)
+            module.offset.zero_()
         elif callable(reset := getattr(module, "reset_parameters", None)):
             reset()
     return model
@@ -176,7 +180,7 @@ def run(
     if controls:
         for name, start in (
             ("dense", fresh()),
-            ("shallow", _shallow_control(folded, settings.seed)),
+            ("shallow", _shallow_control(result.linearized.model, example, settings.seed)),
         ):
             file = out / f"{name}_control.safetensors"
             log(f"{name} control: the same {len(phases)} phases without pruning")

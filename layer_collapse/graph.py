@@ -51,14 +51,18 @@ class _Tracer(fx.Tracer):
     """torch.fx's tracer that stops at torch's own modules and at this package's gates."""
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        if reason := hides_rectifier(module):
-            raise TraceError(
-                f"rectifier inside {qualified_name!r} ({type(module).__name__}) cannot be "
-                f"instrumented: the module {reason}; replace it by one that calls nn.ReLU or F.relu"
-            )
         if type(module).__module__.startswith("layer_collapse.reduce."):
             return True
-        return super().is_leaf_module(module, qualified_name)
+        leaf: bool = super().is_leaf_module(module, qualified_name)
+        # a leaf hides all that is inside it: nn.TransformerEncoder its layers
+        inside = module.named_modules(prefix=qualified_name) if leaf else [(qualified_name, module)]
+        for path, hidden in inside:
+            if reason := hides_rectifier(hidden):
+                raise TraceError(
+                    f"rectifier inside {path!r} ({type(hidden).__name__}) cannot be instrumented: "
+                    f"the module {reason}; replace it by one that calls nn.ReLU or F.relu"
+                )
+        return leaf
 
 
 @contextmanager
@@ -133,6 +137,7 @@ def _chain_inplace_rectifiers(root: nn.Module, graph: fx.Graph) -> None:
 
 def _trace_once(model: nn.Module, concrete: dict[str, Any]) -> fx.GraphModule:
     tracer = _Tracer()
+    attributes = set(vars(model))
     try:
         graph = tracer.trace(model, concrete_args=concrete or None)
     except TraceError:
@@ -143,9 +148,13 @@ def _trace_once(model: nn.Module, concrete: dict[str, Any]) -> fx.GraphModule:
             f"cannot trace {type(model).__name__}: its forward has control flow or calls that "
             f"torch.fx does not follow ({first_line}); move them out of forward"
         ) from error
-    _drop_concrete_arguments(graph, concrete)
-    _chain_inplace_rectifiers(tracer.root, graph)
-    return fx.GraphModule(tracer.root, graph, type(model).__name__)
+    else:
+        _drop_concrete_arguments(graph, concrete)
+        _chain_inplace_rectifiers(tracer.root, graph)
+        return fx.GraphModule(tracer.root, graph, type(model).__name__)
+    finally:
+        for name in set(vars(model)) - attributes:  # tensors that forward creates: the graph's now
+            delattr(model, name)
 
 
 def _functional_dropouts_to_modules(

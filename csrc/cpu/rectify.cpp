@@ -17,6 +17,7 @@
 
 #include "checks.h"
 #include "core/rectifier.h"
+#include "cpu/layout.h"
 #include "cpu/rectify_loops.h"
 
 // Exported by libtorch_cpu but not part of the stable ABI: -1 outside of a backward pass.
@@ -28,79 +29,8 @@ int get_current_graph_task_id();
 namespace layer_collapse {
 namespace {
 
-using torch::stable::Tensor;
-
 constexpr int64_t kSegment = 1 << 15;  // elements of a row that one task takes
 constexpr int64_t kGrain = 1 << 15;    // elements below which a second thread does not pay
-
-// x seen in the order of its storage, and the order of its positions in that view.
-struct Layout {
-  int64_t outer = 1, channels = 1, inner = 1;
-  std::vector<int64_t> outer_dims, inner_dims;  // dims of x before and after the channel dim
-};
-
-// Dims of a dense tensor from the slowest to the fastest, or nothing if elements leave gaps.
-std::optional<std::vector<int64_t>> storage_order(const Tensor& x) {
-  std::vector<int64_t> order;
-  // A dim of size 1 may have any stride: such dims come first, where they change nothing.
-  for (int64_t dim = 0; dim < x.dim(); ++dim) {
-    if (x.size(dim) == 1) order.push_back(dim);
-  }
-  const auto sized = static_cast<std::ptrdiff_t>(order.size());
-  for (int64_t dim = 0; dim < x.dim(); ++dim) {
-    if (x.size(dim) != 1) order.push_back(dim);
-  }
-  std::stable_sort(order.begin() + sized, order.end(),
-                   [&](int64_t a, int64_t b) { return x.stride(a) > x.stride(b); });
-  if (x.numel() == 0) return order;  // no element, no gap
-  int64_t expected = 1;
-  for (auto dim = order.rbegin(); dim != order.rend(); ++dim) {
-    if (x.size(*dim) != 1 && x.stride(*dim) != expected) return std::nullopt;
-    expected *= x.size(*dim);
-  }
-  return order;
-}
-
-Layout layout_of(const Tensor& x, const std::vector<int64_t>& order, int64_t channel_dim) {
-  Layout layout;
-  layout.channels = x.size(channel_dim);
-  bool after = false;
-  for (int64_t dim : order) {
-    if (dim == channel_dim) {
-      after = true;
-    } else if (after) {
-      layout.inner *= x.size(dim);
-      layout.inner_dims.push_back(dim);
-    } else {
-      layout.outer *= x.size(dim);
-      layout.outer_dims.push_back(dim);
-    }
-  }
-  return layout;
-}
-
-// valid, in x's positions (its dims less the channel dim), brought into the order of x's storage.
-std::unique_ptr<bool[]> valid_in_storage_order(const Tensor& valid, const Tensor& x,
-                                               const Layout& layout, int64_t channel_dim) {
-  std::vector<int64_t> dims = layout.outer_dims;
-  dims.insert(dims.end(), layout.inner_dims.begin(), layout.inner_dims.end());
-  const int64_t positions = layout.outer * layout.inner;
-  auto ordered = std::make_unique<bool[]>(positions);
-  const bool* source = static_cast<const bool*>(valid.const_data_ptr());
-  std::vector<int64_t> index(dims.size(), 0);
-  for (int64_t position = 0; position < positions; ++position) {
-    int64_t offset = 0;
-    for (size_t d = 0; d < dims.size(); ++d) {
-      offset += index[d] * valid.stride(dims[d] < channel_dim ? dims[d] : dims[d] - 1);
-    }
-    ordered[position] = source[offset];
-    for (size_t d = dims.size(); d-- > 0;) {  // odometer over the dims
-      if (++index[d] < x.size(dims[d])) break;
-      index[d] = 0;
-    }
-  }
-  return ordered;
-}
 
 void add(int64_t* cell, int64_t value) {
   if (value != 0) std::atomic_ref<int64_t>(*cell).fetch_add(value, std::memory_order_relaxed);
@@ -227,7 +157,16 @@ Tensor smooth(Kind kind, const Tensor& x) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// Checks every argument, then activates x into y (which may be x) and counts. y and x have the
+// Torch's result strides: where x is contiguous, most kernels give dims of size 1 (whose stride
+// says nothing) the plain one and not x's. A convolution chooses its layout by them.
+Tensor empty_result(Kind kind, const Tensor& x) {
+  if (x.is_contiguous() && kind != Kind::relu6 && kind != Kind::prelu) {
+    return torch::stable::new_empty(x, x.sizes());
+  }
+  return torch::stable::empty_like(x);
+}
+
+// Activates x into y (which may be x) and counts. y and x have the
 // same strides and leave no gaps, in storage order `order`.
 void rectify_into(const Tensor& x, Tensor& y, Tensor& ledger, Kind kind, int64_t channel_dim,
                   double slope, const std::optional<Tensor>& weight,
@@ -306,7 +245,7 @@ Tensor rectify(Tensor x, Tensor ledger, int64_t kind, int64_t channel_dim, doubl
   if (!order) order = storage_order(source);
   const auto rectifier = static_cast<Kind>(kind);
   Tensor y = is_smooth(rectifier)      ? smooth(rectifier, x)
-             : source.get() == x.get() ? torch::stable::empty_like(x)
+             : source.get() == x.get() ? empty_result(rectifier, x)
                                        : source;
   rectify_into(source, y, ledger, rectifier, dim, slope, weight, valid, *order);
   return y;
@@ -316,6 +255,10 @@ void rectify_(Tensor x, Tensor ledger, int64_t kind, int64_t channel_dim, double
               std::optional<Tensor> weight, std::optional<Tensor> valid) {
   const auto rectifier = static_cast<Kind>(kind);
   const int64_t dim = check_arguments(x, ledger, kind, channel_dim, weight, valid);
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    check(x.stride(d) != 0 || x.size(d) < 2, "rectify_: x must not be expanded (dim ", d,
+          " has stride 0)");
+  }
   const auto order = storage_order(x);
   if (order && !is_smooth(rectifier)) {
     rectify_into(x, x, ledger, rectifier, dim, slope, weight, valid, *order);

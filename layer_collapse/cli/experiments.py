@@ -49,7 +49,9 @@ def add_commands(commands: Any) -> None:
     full.add_argument("--data-root", type=Path, metavar="DIR", help="where the data set lies")
     full.add_argument("--model", choices=models.NAMES, default="resmlp", help="network")
     full.add_argument("--strategy", choices=tuple(STRATEGIES), default="entropy", help="budget")
-    full.add_argument("--out", type=Path, required=True, metavar="DIR", help="results go here")
+    full.add_argument(
+        "--out", type=Path, metavar="DIR", help="results; runs/DATA-MODEL-STRATEGY-SEED if absent"
+    )
     full.add_argument("--seed", type=int, default=0, help="of weights and batches")
     full.add_argument("--rounds", type=int, default=Settings.rounds, help="pruning rounds")
     full.add_argument(
@@ -97,6 +99,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.out is None:
+        parts = (arguments.data, arguments.model, arguments.strategy, str(arguments.seed))
+        arguments.out = Path("runs") / "-".join(parts)
     base = RECIPES.get(arguments.model, Recipe())
     recipe = Recipe(
         optimizer=base.optimizer,

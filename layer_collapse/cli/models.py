@@ -233,7 +233,11 @@ def _fold(arguments: argparse.Namespace) -> int:
         )
     else:
         results.print(str(report), markup=False, soft_wrap=True)
-        results.print(str(result.report), markup=False, soft_wrap=True)
+        results.print(
+            f"{len(gone)} of {len(report)} rectifiers left the network\n{result.report}",
+            markup=False,
+            soft_wrap=True,
+        )
         results.print(
             f"latency {latency.before:.3f} -> {latency.after:.3f} ms (batch {latency.batch}, "
             f"{latency.threads} threads); saved to {arguments.out}",

@@ -9,13 +9,14 @@ forward of the modules that make them, and of no other.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..ops.rectify import apply_torch, new_ledger, rectify
+from ..ops.rectify import apply_torch, count_signs, new_ledger, rectify
 from .rectifiers import Call, Kind, module_call, parse_function
 from .sites import Site
 from .valid import positions_mask
@@ -40,7 +41,7 @@ class Counter:
 
     def count(self, call: Call, valid: Tensor | None) -> Tensor:
         site, x, original = self.site, call.x, call
-        if call.kind is not site.kind:
+        if call.kind.code != site.kind.code:  # not by identity: a copied model has copied kinds
             raise RuntimeError(
                 f"rectifier {site.name!r} was traced as {site.kind.name} and is called as "
                 f"{call.kind.name}: control flow changed the order of the calls; track the model "
@@ -48,23 +49,38 @@ class Counter:
             )
         if self.ledger.device != x.device:
             self.ledger = self.ledger.to(x.device)
+        self._check_shape(x)
         dim = site.channel_dim
         if site.split is not None:
+            _, channels, inner = site.split  # what lies outside may hold the batch
             dim = dim % x.dim() + 1
-            x = x.unflatten(dim - 1, site.split)
+            outer = x.shape[dim - 1] // (channels * inner)
+            # not unflatten, which dynamo cannot trace under a TorchFunctionMode
+            x = x.view(*x.shape[: dim - 1], outer, channels, inner, *x.shape[dim:])
             call = replace(call, x=x.clone() if call.inplace else x, inplace=False)
-        elif x.shape[dim] != site.neurons:
+        if valid is not None:
+            valid = positions_mask(valid, x.shape, dim, site.name)
+        if site.split is not None and call.weight is not None and call.weight.numel() > 1:
+            count_signs(call, self.ledger, dim, valid)  # slopes are not per neuron here
+            return apply_torch(original)
+        y = rectify(call, self.ledger, dim, valid)
+        if site.split is not None:
+            y = y.flatten(dim - 1, dim + 1)
+        return original.x.copy_(y) if original.inplace and site.split is not None else y
+
+    def _check_shape(self, x: Tensor) -> None:
+        site = self.site
+        dim, split = site.channel_dim, site.split
+        size = x.shape[dim] if -x.dim() <= dim < x.dim() else -1
+        fits = size == site.neurons
+        if split is not None:
+            fits = size >= 0 and size % (split[1] * split[2]) == 0
+        if not fits:
             raise RuntimeError(
                 f"rectifier {site.name!r}: expected {site.neurons} neurons in dim {dim} of its "
                 f"input (got shape {tuple(x.shape)}); track the model with example_inputs of the "
                 "shape that it is run on"
             )
-        if valid is not None:
-            valid = positions_mask(valid, x.shape, dim, site.name)
-        y = rectify(call, self.ledger, dim, valid)
-        if site.split is not None:
-            y = y.flatten(dim - 1, dim + 1)
-        return original.x.copy_(y) if original.inplace and site.split is not None else y
 
 
 class Tap:
@@ -77,6 +93,7 @@ class Tap:
         self.counters: dict[int, Counter] = {}  # ignored calls have none
         self.shared = shared
         self.calls = 0
+        self.per_forward: int | None = None  # functional calls per forward of the owner
 
     def count(self, call: Call) -> Tensor:
         index = 0
@@ -99,6 +116,15 @@ class Tap:
             "the model with example_inputs that take the same path"
         )
 
+    def check_seen(self, seen: int) -> None:
+        """At the end of an owner's forward: none of its functional calls went by uncounted."""
+        if self.per_forward is not None and seen != self.per_forward:
+            raise RuntimeError(
+                f"rectifier {self.name!r}: {seen} calls were seen in one forward instead of "
+                f"{self.per_forward}; torch.compile hides F.hardswish, F.relu_ and F.leaky_relu_ "
+                "(call the module instead), and control flow must be as in the trace"
+            )
+
     def restart(self, *_: Any) -> None:
         """Forward pre-hook of the scope: the next call is the first."""
         self.calls = 0
@@ -110,13 +136,17 @@ class _CountingMode(TorchFunctionMode):
     def __init__(self, tap: Tap) -> None:
         super().__init__()
         self.tap = tap
+        self.seen = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         call = parse_function(func, args, kwargs)
-        return func(*args, **kwargs) if call is None else self.tap.count(call)
+        if call is None:
+            return func(*args, **kwargs)
+        self.seen += 1
+        return self.tap.count(call)
 
 
 _tracked_classes: dict[tuple[type, bool], type] = {}
@@ -127,9 +157,13 @@ def tracked_class(original: type[nn.Module], functional: bool) -> type[nn.Module
     key = (original, functional)
     if key not in _tracked_classes:
 
+        @wraps(original.forward)  # callers read the signature
         def watch_functions(self: Any, *args: Any, **kwargs: Any) -> Any:
-            with _CountingMode(getattr(self, TAP)):
-                return original.forward(self, *args, **kwargs)
+            mode = _CountingMode(getattr(self, TAP))
+            with mode:
+                result = original.forward(self, *args, **kwargs)
+            mode.tap.check_seen(mode.seen)
+            return result
 
         def count(self: Any, input: Tensor) -> Tensor:  # the name that torch's modules use
             tap: Tap = getattr(self, TAP)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..graph import ExampleInputs, rectifier_nodes, trace
+from ..graph import ExampleInputs, TraceError, rectifier_nodes, trace
 from ..ops.rectify import ENABLED, POSITIONS
 from .rectifiers import module_kind
 from .report import EntropyReport, measured
-from .sites import feeding_is_empty, find_sites, scope_of, source_of
+from .sites import calls_per_forward, feeding_is_empty, find_sites, scope_of, source_of
 from .taps import TAP, Counter, Shared, Tap, tracked_class
 
 
@@ -49,10 +49,14 @@ class EntropyTracker:
         self._shared = Shared()
         self._classes: list[tuple[nn.Module, type[nn.Module]]] = []
         self._hooks: list[Any] = []
-        self._counters = self._install(graph)
-        self._watch_attention_mask()
+        try:
+            self._counters = self._install(graph, ignore)
+            self._watch_attention_mask()
+        except BaseException:
+            self.remove()
+            raise
 
-    def _install(self, graph: fx.GraphModule) -> dict[str, Counter]:
+    def _install(self, graph: fx.GraphModule, ignore: tuple[str, ...]) -> dict[str, Counter]:
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         counters = {site.name: Counter(site, device) for site in self.sites}
         nodes: dict[tuple[str, bool], list[fx.Node]] = defaultdict(list)
@@ -64,10 +68,18 @@ class EntropyTracker:
                 nodes[path, False] = []  # never called in the graph: a call will be an error
         for (source, functional), calls in nodes.items():
             module = self.model.get_submodule(source)
-            tap = Tap(source, None if functional else module_kind(module), len(calls), self._shared)
-            for site in self.sites:
-                if (site.source, site.functional) == (source, functional):
-                    tap.counters[site.index] = counters[site.name]
+            own = [s for s in self.sites if (s.source, s.functional) == (source, functional)]
+            name = ", ".join(site.name for site in own) if functional and own else source
+            if "forward" in vars(module):
+                raise TraceError(
+                    f"rectifier {name!r} cannot be counted: the forward of {source!r} was replaced "
+                    "on the instance; define it in a class"
+                )
+            kind = None if functional else module_kind(module)
+            tap = Tap(name, kind, len(calls) or int(source in ignore), self._shared)
+            tap.counters = {site.index: counters[site.name] for site in own}
+            if functional:
+                tap.per_forward = calls_per_forward(calls)
             if len(calls) > 1:
                 scope = self.model.get_submodule(scope_of(graph, calls))
                 self._hooks.append(scope.register_forward_pre_hook(tap.restart))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _C  # noqa: F401 - importing the module registers the ops
 from ..measure.rectifiers import KINDS, Call, Kind
@@ -47,6 +48,8 @@ def _(
     weight: Tensor | None,
     valid: Tensor | None,
 ) -> Tensor:
+    if x.is_contiguous() and kind not in (KINDS["relu6"].code, KINDS["prelu"].code):
+        return x.new_empty(x.shape)  # as torch: dims of size 1 lose the strides they had
     return torch.empty_like(x)
 
 
@@ -84,6 +87,9 @@ def _backward(kind: Kind, grad: Tensor, saved: Tensor, slope: float) -> Tensor:
         case "gelu" | "gelu_tanh":
             approximate = "tanh" if kind.name == "gelu_tanh" else "none"
             return _aten.gelu_backward(grad, saved, approximate=approximate)
+        case "silu" if torch.is_grad_enabled():  # the kernel has no derivative, as in torch
+            sigmoid = saved.sigmoid()
+            return grad * sigmoid * (1.0 + saved * (1.0 - sigmoid))
         case "silu":
             return _aten.silu_backward(grad, saved)
         case _:
@@ -117,6 +123,8 @@ class _Rectify(torch.autograd.Function):
 
 
 class _Prelu(torch.autograd.Function):
+    """weight: [1, C, 1, ...] as torch's own op saves it, so that either may replay the other."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -132,21 +140,18 @@ class _Prelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        # torch's PReLU has its weight on dim 1 (on dim 0 for a vector), whatever feeds it
-        shape = [1] * x.dim()
-        shape[1 if x.dim() > 1 else 0] = -1
-        grad_x, grad_weight = _aten._prelu_kernel_backward(grad, x, weight.view(shape))
-        reduced = [d for d, size in enumerate(shape) if size == 1 or weight.numel() == 1]
-        return grad_x, grad_weight.sum(reduced).view_as(weight), None, None, None
+        grad_x, grad_weight = _aten._prelu_kernel_backward(grad, x, weight)
+        return grad_x, grad_weight.sum_to_size(weight.shape), None, None, None
 
 
 class _RectifyInPlace(torch.autograd.Function):
-    """x becomes y. Only for rectifiers whose gradient can be told from y, as in torch."""
+    """x becomes y. ``before``: a copy of x where the gradient cannot be told from y, else None."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
+        before: Tensor | None,
         ledger: Tensor,
         kind: str,
         channel_dim: int,
@@ -155,20 +160,33 @@ class _RectifyInPlace(torch.autograd.Function):
     ) -> Tensor:
         _ops.rectify_(x, ledger, KINDS[kind].code, channel_dim, slope, None, valid)
         ctx.mark_dirty(x)
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x if before is None else before)
         ctx.kind, ctx.slope = kind, slope
         return x
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (y,) = ctx.saved_tensors
-        if ctx.kind == "relu":
-            grad_x = _aten.threshold_backward(grad, y, 0)
-        elif ctx.kind == "relu6":
-            grad_x = _aten.hardtanh_backward(grad, y, 0.0, 6.0)
+        (saved,) = ctx.saved_tensors
+        if ctx.kind == "leaky_relu":
+            grad_x = _aten.leaky_relu_backward(grad, saved, ctx.slope, True)
         else:
-            grad_x = _aten.leaky_relu_backward(grad, y, ctx.slope, True)
-        return grad_x, None, None, None, None, None
+            grad_x = _backward(KINDS[ctx.kind], grad, saved, ctx.slope)
+        return grad_x, None, None, None, None, None, None
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """x or weight of a PReLU in the dtype that autocast, if it is on, gives it."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
+def count_signs(call: Call, ledger: Tensor, channel_dim: int, valid: Tensor | None = None) -> None:
+    """Add the signs of a call's input to a ledger and leave the activation to the caller."""
+    # LeakyReLU has PReLU's counters and no slopes per channel
+    kind = KINDS["leaky_relu"] if call.kind.name == "prelu" else call.kind
+    _ops.rectify(call.x.detach(), ledger, kind.code, channel_dim, 1.0, None, valid)
 
 
 def rectify(call: Call, ledger: Tensor, channel_dim: int, valid: Tensor | None = None) -> Tensor:
@@ -186,17 +204,28 @@ def rectify(call: Call, ledger: Tensor, channel_dim: int, valid: Tensor | None =
         What torch's own function returns, bit for bit, with the same strides; x itself, changed,
         for an in-place call.
     """
+    if forward_ad._current_level >= 0:  # the op passes no tangent on, torch's do
+        count_signs(call, ledger, channel_dim, valid)
+        return apply_torch(call)
+    if call.weight is not None:
+        weight = _autocast(call.weight)
+        call = replace(call, x=_autocast(call.x), weight=weight)
+        if weight.numel() > 1 and channel_dim % call.x.dim() != 1:
+            # torch's PReLU has its slopes on dim 1, these neurons lie on another
+            count_signs(call, ledger, channel_dim, valid)
+            return apply_torch(call)
     kind, x = call.kind, call.x
     if not (torch.is_grad_enabled() and (x.requires_grad or call.weight is not None)):
         return _forward(call, ledger, channel_dim, valid)
-    if call.inplace and kind.name not in ("relu", "relu6", "leaky_relu"):
-        # Their gradient needs x itself: keep a copy, as torch does.
-        y = rectify(replace(call, x=x.clone(), inplace=False), ledger, channel_dim, valid)
-        return x.copy_(y)
+    if call.inplace:
+        before = None if kind.name in ("relu", "relu6", "leaky_relu") else x.clone()
+        return _RectifyInPlace.apply(x, before, ledger, kind.name, channel_dim, call.slope, valid)
     if kind.name == "prelu":
-        return _Prelu.apply(x, call.weight, ledger, channel_dim, valid)
-    function = _RectifyInPlace if call.inplace else _Rectify
-    return function.apply(x, ledger, kind.name, channel_dim, call.slope, valid)
+        shape = [1] * x.dim()
+        shape[min(1, x.dim() - 1)] = -1
+        assert call.weight is not None
+        return _Prelu.apply(x, call.weight.view(shape), ledger, channel_dim, valid)
+    return _Rectify.apply(x, ledger, kind.name, channel_dim, call.slope, valid)
 
 
 def rectify_reference(
@@ -222,22 +251,14 @@ def rectify_reference(
 
 
 def apply_torch(call: Call) -> Tensor:
-    """The rectifier alone, by torch's function."""
-    functional = torch.nn.functional
-    match call.kind.name:
-        case "relu":
-            return functional.relu(call.x, call.inplace)
-        case "relu6":
-            return functional.relu6(call.x, call.inplace)
-        case "leaky_relu":
-            return functional.leaky_relu(call.x, call.slope, call.inplace)
-        case "prelu":
-            assert call.weight is not None
-            return functional.prelu(call.x, call.weight)
-        case "gelu" | "gelu_tanh":
-            approximate = "tanh" if call.kind.name == "gelu_tanh" else "none"
-            return functional.gelu(call.x, approximate=approximate)
-        case "silu":
-            return functional.silu(call.x, call.inplace)
-        case _:
-            return functional.hardswish(call.x, call.inplace)
+    """The rectifier alone, by torch's op.
+
+    Not by its function: a tracker that is active further out would catch and count that.
+    """
+    name = call.kind.name
+    if name == "prelu":
+        return _aten.prelu(call.x, call.weight)
+    if name in ("gelu", "gelu_tanh"):
+        return _aten.gelu(call.x, approximate="tanh" if name == "gelu_tanh" else "none")
+    op = getattr(_aten, f"{name}_" if call.inplace else name)
+    return op(call.x, call.slope) if name == "leaky_relu" else op(call.x)

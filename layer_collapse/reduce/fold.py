@@ -6,7 +6,7 @@ The rules are in :mod:`layer_collapse.reduce.rules`; nothing here knows them one
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,12 @@ from torch import Tensor, fx, nn
 from ..graph import ExampleInputs, ordered_inputs, record_shapes, trace
 from . import proof, rules
 from .holdings import remove_dead
+from .proof import FoldError
 from .report import Fold, FoldReport, Refusal, size_of
 from .rules.constant import cut_off
 from .work import Refused, Work
 
-
-class FoldError(RuntimeError):
-    """A folded model that could not be proven equal; the message is one sentence."""
+__all__ = ["FoldError", "FoldResult", "fold"]
 
 
 @dataclass
@@ -33,7 +32,9 @@ class FoldResult:
     report: FoldReport
 
 
-def fold(model: nn.Module, example_inputs: ExampleInputs) -> FoldResult:
+def fold(
+    model: nn.Module, example_inputs: ExampleInputs, *, without: Collection[str] = ()
+) -> FoldResult:
     """Fold everything that can be folded exactly; what cannot stays, with its reason.
 
     Rules, composed in float64 and stored in the model's dtypes (Liao, Quétu, Nguyen, Tartaglione,
@@ -54,6 +55,8 @@ def fold(model: nn.Module, example_inputs: ExampleInputs) -> FoldResult:
         model: a module in which rectifiers may have been replaced by gates; it is not changed.
         example_inputs: a tensor, a sequence of positional or a mapping of keyword arguments, a few
             samples in the shape the folded model will see.
+        without: names of rules to leave out, e.g. "batch norm" where the folded network is to be
+            trained further.
 
     Returns:
         The folded graph module (names of untouched layers are those of ``model``) and the report.
@@ -62,7 +65,7 @@ def fold(model: nn.Module, example_inputs: ExampleInputs) -> FoldResult:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: no example inputs.
+        ValueError: no example inputs, or ``without`` names no rule.
         TraceError: the model cannot be traced or does not run on the inputs.
         FoldError: the folded model is not equal to the unfolded one; no model is returned.
     """
@@ -72,6 +75,11 @@ def fold(model: nn.Module, example_inputs: ExampleInputs) -> FoldResult:
         raise ValueError(
             "fold: expected example_inputs (got None); pass one batch of a few samples"
         )
+    if unknown := set(without) - set(rules.RULES):
+        raise ValueError(
+            f"fold: no rule is called {', '.join(sorted(unknown))}; the rules are "
+            f"{', '.join(rules.RULES)}"
+        )
     graph = _traced(model, example_inputs)
     inputs = ordered_inputs(graph, example_inputs)
     work = Work(copy.deepcopy(graph), copy.deepcopy(inputs))
@@ -79,17 +87,17 @@ def fold(model: nn.Module, example_inputs: ExampleInputs) -> FoldResult:
     remove_dead(work.module)
     place = cut_off(work)
     if place is None:
-        report.folds, report.refusals = _apply_rules(work)
+        report.folds, report.refusals = _apply_rules(work, without)
         place = cut_off(work)  # rows and columns that are zero together show only now
     if place is not None:
         reason = "nothing leads around this layer: without it the output is a constant"
         report.folds, report.refusals = [], [Refusal(str(place.target), "cut", reason)]
-        return FoldResult(graph, report)
+        return FoldResult(_keep_temporary_buffers(graph, model), report)
     sized = work.sized
     folded = work.finished()
     _prove_end_to_end(graph, folded, inputs, report, second_size=not sized)
     report.after = size_of(folded)
-    return FoldResult(folded, report)
+    return FoldResult(_keep_temporary_buffers(folded, model), report)
 
 
 def _traced(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
@@ -121,13 +129,24 @@ def _traced(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
     return graph
 
 
-def _apply_rules(work: Work) -> tuple[list[Fold], list[Refusal]]:
+def _keep_temporary_buffers(graph: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
+    """Leave out of the state_dict what the model leaves out; torch.fx forgets it in every copy."""
+    own = dict(model.named_modules())
+    for path, module in graph.named_modules():
+        temporary = own[path]._non_persistent_buffers_set if path in own else set[str]()
+        module._non_persistent_buffers_set |= temporary & set(module._buffers)
+    return graph
+
+
+def _apply_rules(work: Work, without: Collection[str]) -> tuple[list[Fold], list[Refusal]]:
     """Try the rules on every node until none applies; refusals are those of the last round."""
     folds: list[Fold] = []
     while True:
         refusals: list[Refusal] = []
         before = len(folds)
         for name, rule in rules.RULES.items():
+            if name in without:
+                continue
             for node in list(work.module.graph.nodes):
                 if node.op == "placeholder" or node._erased:
                     continue
@@ -150,8 +169,8 @@ def _prove_end_to_end(
     report: FoldReport,
     second_size: bool,
 ) -> None:
-    reference = proof.Float64(copy.deepcopy(unfolded).double())
-    candidate = proof.Float64(copy.deepcopy(folded).double())
+    reference = proof.Float64(proof.to_float64(copy.deepcopy(unfolded)))
+    candidate = proof.Float64(proof.to_float64(copy.deepcopy(folded)))
     generator = torch.Generator().manual_seed(1)
     limit = proof.tolerance(
         [t.dtype for t in unfolded.state_dict().values() if t.is_floating_point()]

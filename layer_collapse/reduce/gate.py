@@ -133,6 +133,7 @@ def smallest_form(value: Tensor, tolerance: float = 1e-12) -> Tensor:
     A dim along which nothing changes by more than ``tolerance`` times the largest magnitude is
     reduced to size 1 (matrix products may round rows differently); leading ones are dropped.
     """
+    value = value.detach()
     limit = tolerance * float(value.abs().max()) if value.numel() else 0.0
     for dim in range(value.ndim):
         first = value.narrow(dim, 0, min(1, value.shape[dim]))

@@ -23,6 +23,10 @@ _LOWER = (torch.float32, torch.float16, torch.bfloat16)
 _CASTS = ("float", "half", "bfloat16")
 
 
+class FoldError(RuntimeError):
+    """A model whose folded form could not be proven equal; the message is one sentence."""
+
+
 @dataclass(frozen=True)
 class Call:
     """Stands for a node during a run: ``module(source)`` in place of what the node does."""
@@ -81,6 +85,17 @@ def has_nan(value: Any) -> bool:
 def first_line(error: Exception) -> str:
     """The first line of an error's message, to be quoted in another one."""
     return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def to_float64(module: fx.GraphModule) -> fx.GraphModule:
+    """``module.double()``; FoldError where a weight (a packed, quantised one) has no float64."""
+    try:
+        return module.double()
+    except Exception as error:
+        raise FoldError(
+            f"fold: expected weights that can be computed with in float64 ({first_line(error)}); "
+            "fold before quantising"
+        ) from error
 
 
 def doubled(value: Any) -> Any:

@@ -173,6 +173,10 @@ def recipe_to_graph(nodes: Any, modules: set[str], tensors: set[str]) -> fx.Grap
         _check_target(op, target, args, kwargs, modules, tensors)
         function = registry.FUNCTIONS[target] if op == "call_function" else target
         made[name] = graph.create_node(op, function, args, kwargs, name)
+    try:
+        compile(graph.python_code("self").src, "recipe", "exec")
+    except Exception as error:
+        raise ValueError(f"its nodes are no program ({error!s:.80})") from error
     return graph
 
 

@@ -76,7 +76,8 @@ def load_folded(path: str | os.PathLike[str]) -> fx.GraphModule:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             stored = {k: (tuple(s.get_shape()), _DTYPE[s.get_dtype()]) for k, s in slices.items()}
             content, graph, modules = checked(text, stored)
-            values = {key: file.get_tensor(key) for key in stored}
+            # Cloned to where torch aligns memory: elsewhere, matrix products round differently.
+            values = {key: file.get_tensor(key).clone() for key in stored}
     except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"load_folded: {str(path)!r} cannot be loaded: {error}") from error
     for key, value in values.items():

@@ -74,7 +74,7 @@ class Work:
             _Values(module).propagate(*inputs)
         self.dtypes = {name: t.dtype for name, t in tensors(module).items()}
         self.tied = tied(module)
-        module.double()
+        proof.to_float64(module)
         self.version = 0  # of the graph, for what rules keep between calls
         self.cache: dict[str, tuple[int, Any]] = {}
         self.sized = False  # whether a constant was kept that fits the example's size only

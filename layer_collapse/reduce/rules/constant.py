@@ -144,7 +144,8 @@ def constant(work: Work, node: fx.Node) -> Plan | None:
     if not bool(value.isfinite().all()):
         raise Refused(f"{name!r} is constant, but its branch ends in values that are not finite")
     value = smallest_form(value)
-    sources = {other} | {n for o in known.origins for n in o.all_input_nodes if n not in found}
+    # A layer without weights is constant whatever it reads, so the proof may feed it anything.
+    sources = {other} | {n for origin in known.origins for n in origin.all_input_nodes}
     plan = Plan(name, f"branch of {branch.name}", tuple(sources), node)
     if pair and not bool(value.any()):
         plan.becomes[node] = other
@@ -155,7 +156,7 @@ def constant(work: Work, node: fx.Node) -> Plan | None:
     else:
         plan.becomes[node] = Call(_free(work, "constant_gate"), _factor(value, work, node), other)
         plan.detail += " becomes a factor"
-    if known.sized:
+    if known.sized or (pair and _varying(value) > 1):
         plan.rule = "biasmap"
         plan.detail += ", valid for this input size only"
         work.sized = True

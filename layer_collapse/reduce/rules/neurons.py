@@ -112,7 +112,7 @@ def _way(work: Work, node: fx.Node) -> _Way | None:
             way.narrowed.append(place)
         elif dim == 1 and not flat and _flattens(work, place, module):
             flat = len(work.shape(place.all_input_nodes[0])) > 2
-        elif not (_leaves_channels(place, module) or _pools(work, place, module)):
+        elif not (_leaves_channels(place, module) or (dim == 1 and _pools(work, place, module))):
             return None
         way.nodes.append(place)
         place = only_user(place)
