@@ -464,6 +464,16 @@ def test_an_interruption_says_how_to_go_on(monkeypatch, capsys, tmp_path) -> Non
     assert (code, err) == (130, "layer-collapse: interrupted; run the same command to go on\n")
 
 
+@pytest.mark.parametrize("error", [RuntimeError("two\nlines  here"), KeyError("two\nlines here")])
+def test_a_message_of_several_lines_becomes_one(monkeypatch, capsys, tmp_path, error) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(experiments, "run", fails)
+    code, _, err = call(capsys, "demo", "--out", tmp_path)
+    assert (code, err) == (2, "layer-collapse: two lines here\n")
+
+
 #: Rectifiers as torch.export writes them. Written out here so that the count owes nothing to the
 #: package's own graph code.
 ATEN_RECTIFIERS = re.compile(

@@ -142,6 +142,19 @@ def test_leaves_the_model_exactly_as_it_was(failure: str | None) -> None:
     scan(model, [images(3)], images(2))  # it is not tracked any more
 
 
+def test_leaves_no_hook_on_shared_rectifiers_and_masked_models() -> None:
+    class Shared(Tokens):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            values = self.act(self.fc(self.embed(input_ids)))
+            return super().forward(input_ids, attention_mask) + self.act(self.head(values)).sum(1)
+
+    model, ids = Shared(), torch.ones(2, 4, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": torch.ones(2, 4)}
+    before = snapshot(model)
+    assert len(scan(model, [batch], batch)) == 3
+    assert snapshot(model) == before
+
+
 @pytest.mark.parametrize("batches", [[], [torch.zeros(0, 1, 6, 6)]])
 def test_refuses_no_sample(batches: list[Tensor]) -> None:
     with pytest.raises(ValueError, match="hold no sample; pass at least one batch"):
