@@ -512,7 +512,8 @@ def test_the_real_demo(tmp_path) -> None:
     out = tmp_path / "demo"
     process = subprocess.run(
         [sys.executable, "-m", "layer_collapse.cli", "demo", "--out", out],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        # One thread: as fast for networks of this size, and not slowed down by other processes.
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
