@@ -39,6 +39,7 @@ SOURCES = [
     "csrc/module.cpp",
     "csrc/library.cpp",
     "csrc/cpu/rectify.cpp",
+    "csrc/cpu/layer_entropies.cpp",
     "csrc/cpu/masked_step.cpp",
     "csrc/cpu/magnitude_select.cpp",
 ]

@@ -1,6 +1,7 @@
 // Schemas of every op, apart from the kernels. `Tensor(a!)` marks what an op writes.
 //
-// ledger:  [2 + rows * C] int64 = {enabled, positions, counts[rows][C]}   (core/rectifier.h)
+// ledger:  [6 + rows * C] int64 = {flags, positions, live words, counts[rows][C]}
+//          (core/rectifier.h)
 // masks:   [ceil(n / 32)] int32, one bit per weight, 1 = alive            (core/bitmask.h);
 //          an empty mask means that every weight of that tensor is alive
 #include <torch/csrc/stable/library.h>
@@ -14,6 +15,10 @@ STABLE_TORCH_LIBRARY(layer_collapse, m) {
   m.def(
       "rectify_(Tensor(b!) x, Tensor(a!) ledger, int kind, int channel_dim, float slope, "
       "Tensor? weight, Tensor? valid) -> ()");
+  // Entropies and neuron states of several ledgers, each of its kind: summary [L, 8] float64
+  // {positions, H over all, H over active, on, off, saturated, mixed, nonfinite}; then, with the
+  // neurons of all ledgers one after the other, H [N] float64 and state [N] uint8.
+  m.def("layer_entropies(Tensor[] ledgers, int[] kinds) -> (Tensor, Tensor, Tensor)");
 
   // The next step of torch.optim.SGD on the alive weights; pruned weights and their state become 0.
   m.def(

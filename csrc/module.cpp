@@ -5,12 +5,10 @@
 #include <pybind11/stl.h>
 
 #include <cmath>
-#include <tuple>
 
 #include "checks.h"
 #include "core/bitmask.h"
 #include "core/budget.h"
-#include "core/entropy.h"
 
 namespace py = pybind11;
 
@@ -43,48 +41,6 @@ py::dict build_info() {
 
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
-
-Kind checked_kind(int64_t kind, const Array<int64_t>& counts) {
-  if (kind < 0 || kind >= kKinds) {
-    throw py::value_error("kind must be 0 to " + std::to_string(kKinds - 1) + " (got " +
-                          std::to_string(kind) + ")");
-  }
-  const int64_t rows = count_rows(static_cast<Kind>(kind));
-  if (counts.ndim() != 2 || counts.shape(0) != rows) {
-    throw py::value_error("counts must be [" + std::to_string(rows) + ", channels] for kind " +
-                          std::to_string(kind));
-  }
-  return static_cast<Kind>(kind);
-}
-
-py::dict entropy_from_counts(const Array<int64_t>& counts, int64_t positions, int64_t kind) {
-  const LayerEntropy layer =
-      layer_entropy(counts.data(), counts.shape(1), positions, checked_kind(kind, counts));
-  py::dict result;
-  result["all"] = layer.all;
-  result["active"] = layer.active;
-  result["on"] = layer.on;
-  result["off"] = layer.off;
-  result["saturated"] = layer.saturated;
-  result["mixed"] = layer.mixed;
-  result["nonfinite"] = layer.nonfinite;
-  return result;
-}
-
-std::tuple<Array<double>, Array<uint8_t>> neurons_from_counts(const Array<int64_t>& counts,
-                                                              int64_t positions, int64_t kind) {
-  const Kind rectifier = checked_kind(kind, counts);
-  if (positions <= 0) throw py::value_error("neurons have a state once a position was counted");
-  const int64_t channels = counts.shape(1);
-  Array<double> bits(channels);
-  Array<uint8_t> states(channels);
-  for (int64_t c = 0; c < channels; ++c) {
-    const Neuron neuron = neuron_of(counts.data(), channels, c, positions, rectifier);
-    bits.mutable_at(c) = neuron.bits;
-    states.mutable_at(c) = static_cast<uint8_t>(neuron.state);
-  }
-  return {bits, states};
-}
 
 std::vector<int64_t> budget(const std::vector<double>& entropy,
                             const std::vector<double>& importance, const std::vector<int64_t>& caps,
@@ -151,14 +107,6 @@ PYBIND11_MODULE(_C, m) {
       "Host-side core of layer_collapse; importing it also registers torch.ops.layer_collapse";
   m.def("build_info", &build_info,
         "Compiler, C++ standard, instruction set in use, torch ABI target");
-  m.def("entropy_from_counts", &entropy_from_counts, py::arg("counts"), py::arg("positions"),
-        py::arg("kind"),
-        "Layer entropy in bits (all, active) and numbers of neurons per state from counts "
-        "[rows, channels] int64");
-  m.def("neurons_from_counts", &neurons_from_counts, py::arg("counts"), py::arg("positions"),
-        py::arg("kind"),
-        "Per neuron: entropy in bits [channels] float64 and state [channels] uint8 "
-        "(0 mixed, 1 on, 2 off, 3 saturated, 4 nonfinite)");
   m.def("entropy_budget", &budget, py::arg("entropy"), py::arg("importance"), py::arg("caps"),
         py::arg("total"), "Weights to prune per layer by the entropy-guided rule (core/budget.h)");
   m.def("round_to_total", &shares, py::arg("wanted"), py::arg("caps"), py::arg("total"),

@@ -7,22 +7,24 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import torch
 from helpers import ALL_KINDS
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch import Tensor
 
 from layer_collapse._C import (
     build_info,
     entropy_budget,
-    entropy_from_counts,
-    neurons_from_counts,
     round_to_total,
 )
 from layer_collapse.measure.rectifiers import KINDS, Kind
+from layer_collapse.ops.entropy import Column, State, layer_entropies
+from layer_collapse.ops.rectify import HEADER, POSITIONS
 
 RELU, RELU6, HARDSWISH = (KINDS[name].code for name in ("relu", "relu6", "hardswish"))
-MIXED, ON, OFF, SATURATED, NONFINITE = range(5)
+MIXED, ON, OFF, SATURATED, NONFINITE = State
 ONE_SIGN = ("relu", "leaky_relu", "prelu")
 SMOOTH = ("gelu", "gelu_tanh", "silu")
 
@@ -30,6 +32,25 @@ SMOOTH = ("gelu", "gelu_tanh", "silu")
 def table(*neurons: Sequence[int]) -> NDArray[np.int64]:
     """Counts [rows, C] from one (z > 0, z < 0, NaN, ...) per neuron."""
     return np.array(neurons, dtype=np.int64).T.copy()
+
+
+def reduced(counts: NDArray[np.int64], positions: int, kind: int) -> tuple[Tensor, Tensor, Tensor]:
+    ledger = torch.cat([torch.zeros(HEADER, dtype=torch.int64), torch.tensor(counts).flatten()])
+    ledger[POSITIONS] = positions
+    return layer_entropies([ledger], [kind])
+
+
+def neurons_from_counts(
+    counts: NDArray[np.int64], positions: int, kind: int
+) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
+    _, bits, states = reduced(counts, positions, kind)
+    return bits.numpy(), states.numpy()
+
+
+def entropy_from_counts(counts: NDArray[np.int64], positions: int, kind: int) -> dict[str, float]:
+    summary = reduced(counts, positions, kind)[0][0].tolist()
+    named = {column.name.lower(): value for column, value in zip(Column, summary, strict=True)}
+    return named | {"all": named["entropy"], "active": named["entropy_active"]}
 
 
 def test_entropy_worked_by_hand() -> None:
@@ -111,8 +132,9 @@ def test_no_position_has_no_entropy_and_no_state(kind: Kind) -> None:
     assert math.isnan(layer["all"])
     assert math.isnan(layer["active"])
     assert sum(layer[key] for key in ("on", "off", "saturated", "mixed", "nonfinite")) == 0
-    with pytest.raises(ValueError, match="once a position was counted"):
-        neurons_from_counts(counts, 0, kind.code)
+    bits, states = neurons_from_counts(counts, 0, kind.code)
+    assert not bits.any()
+    assert not states.any()
     assert math.isnan(entropy_from_counts(counts[:, :0], 5, kind.code)["all"])
 
 
@@ -130,27 +152,6 @@ def test_counts_beyond_32_bits() -> None:
     assert layer["all"] == 1.0
     # One sign in 2^40 is enough: the state is decided on integers, not on a rounded entropy.
     assert entropy_from_counts(table((big - 1, 1, 0)), big, RELU)["mixed"] == 1
-
-
-@pytest.mark.parametrize(
-    ("counts", "kind", "message"),
-    [
-        (np.zeros((3, 2), dtype=np.int64), 8, r"kind must be 0 to 7 \(got 8\)"),
-        (np.zeros((4, 2), dtype=np.int64), RELU, r"counts must be \[3, channels\]"),
-        (np.zeros((3, 2), dtype=np.int64), RELU6, r"counts must be \[4, channels\]"),
-        (np.zeros(3, dtype=np.int64), RELU, r"counts must be \[3, channels\]"),
-    ],
-)
-def test_wrong_counts_are_named(counts: NDArray[np.int64], kind: int, message: str) -> None:
-    for function in (entropy_from_counts, neurons_from_counts):
-        with pytest.raises(ValueError, match=message):
-            function(counts, 8, kind)
-
-
-def test_strided_counts_are_read_right() -> None:
-    counts = np.array([[4, 4, 0], [8, 0, 0]], dtype=np.int64)
-    assert entropy_from_counts(counts.T, 8, RELU)["all"] == 0.5
-    assert neurons_from_counts(counts.T[:, ::-1], 8, RELU)[1].tolist() == [ON, MIXED]
 
 
 @st.composite

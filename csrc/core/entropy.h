@@ -1,6 +1,7 @@
 // Neuron entropy and neuron states from integer counts (TMLR 2026, section 3; EGP, ICCVW 2023).
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -58,8 +59,10 @@ struct LayerEntropy {
 };
 
 // counts [rows][channels]. Without a position there is no entropy: NaN, and no neuron has a state.
-inline LayerEntropy layer_entropy(const int64_t* counts, int64_t channels, int64_t positions,
-                                  Kind kind) {
+// each(channel, neuron) sees every neuron that has one.
+template <typename Each>
+LayerEntropy layer_entropy(const int64_t* counts, int64_t channels, int64_t positions, Kind kind,
+                           const Each& each) {
   LayerEntropy layer;
   if (positions <= 0 || channels <= 0) {
     layer.all = layer.active = std::numeric_limits<double>::quiet_NaN();
@@ -69,6 +72,7 @@ inline LayerEntropy layer_entropy(const int64_t* counts, int64_t channels, int64
   int64_t with_entropy = 0;
   for (int64_t c = 0; c < channels; ++c) {
     const Neuron neuron = neuron_of(counts, channels, c, positions, kind);
+    each(c, neuron);
     sum += neuron.bits;
     with_entropy += neuron.bits != 0.0;  // NaN counts, and makes the sum NaN
     switch (neuron.state) {
@@ -92,6 +96,15 @@ inline LayerEntropy layer_entropy(const int64_t* counts, int64_t channels, int64
   layer.all = sum / static_cast<double>(channels);
   layer.active = with_entropy == 0 ? 0.0 : sum / static_cast<double>(with_entropy);
   return layer;
+}
+
+// Writes the live words of a ledger from its counts.
+inline void refresh_live(int64_t* ledger, int64_t channels, Kind kind) {
+  const LayerEntropy layer = layer_entropy(ledger + kLedgerHeader, channels, ledger[kPositions],
+                                           kind, [](int64_t, const Neuron&) {});
+  ledger[kLiveAll] = std::bit_cast<int64_t>(layer.all);
+  ledger[kLiveActive] = std::bit_cast<int64_t>(layer.active);
+  ledger[kLiveMixed] = layer.mixed;
 }
 
 }  // namespace layer_collapse

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "core/entropy.h"
 #include "core/rectifier.h"
 #include "cpu/layout.h"
 #include "cpu/rectify_loops.h"
@@ -173,7 +174,8 @@ void rectify_into(const Tensor& x, Tensor& y, Tensor& ledger, Kind kind, int64_t
                   const std::optional<Tensor>& valid, const std::vector<int64_t>& order) {
   const Layout layout = layout_of(x, order, channel_dim);
   auto* words = static_cast<int64_t*>(ledger.mutable_data_ptr());
-  const bool counted = words[kEnabled] != 0 && torch::autograd::get_current_graph_task_id() == -1;
+  const bool counted =
+      (words[kFlags] & kCount) != 0 && torch::autograd::get_current_graph_task_id() == -1;
 
   Task task{&layout, nullptr, counted ? words + kLedgerHeader : nullptr, slope, nullptr, 0};
   std::optional<Tensor> slopes;
@@ -198,6 +200,7 @@ void rectify_into(const Tensor& x, Tensor& y, Tensor& ledger, Kind kind, int64_t
   visit_weight_type(x.scalar_type(), [&]<typename T>(std::type_identity<T>) {
     run_kind<T>(kind, task, source, target);
   });
+  if (counted && (words[kFlags] & kLive) != 0) refresh_live(words, layout.channels, kind);
 }
 
 int64_t check_arguments(const Tensor& x, const Tensor& ledger, int64_t kind, int64_t channel_dim,

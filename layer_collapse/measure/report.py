@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from .. import _C
-from ..ops.rectify import POSITIONS, counts_of
+from ..ops.entropy import Column, layer_entropies
 from .sites import Site
 
 MIXED, ONE_SIDED, EMPTY = "mixed", "one-sided", "empty"
 UNMEASURED, NONFINITE = "unmeasured", "nonfinite"
-#: Codes of a neuron's state, as in csrc/core/entropy.h.
-NEURON_MIXED, NEURON_ON, NEURON_OFF, NEURON_SATURATED, NEURON_NONFINITE = range(5)
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,8 @@ class RectifierEntropy:
         on, off, saturated, mixed: number of neurons that were always there (saturated: ReLU6 > 6).
         state: "mixed", "one-sided", "empty", "unmeasured" or "nonfinite".
         zero_entropy: whether every neuron is linear, decided on the integer counts.
-        neuron_states: [neurons] uint8 code per neuron (``NEURON_*``), None when unmeasured.
+        neuron_states: [neurons] uint8, a :class:`layer_collapse.ops.entropy.State` per neuron; None
+            when unmeasured.
     """
 
     name: str
@@ -63,45 +62,54 @@ class RectifierEntropy:
         return self.state == EMPTY or (self.state == ONE_SIDED and flat == self.neurons)
 
 
-def measured(site: Site, ledger: Tensor, empty: bool) -> RectifierEntropy:
-    """The row of one rectifier from its ledger.
+def measured(
+    sites: Sequence[Site], ledgers: Sequence[Tensor], empty: Sequence[bool]
+) -> list[RectifierEntropy]:
+    """The row of every rectifier, from one reduction of all ledgers.
 
     Args:
-        ledger: as :func:`layer_collapse.ops.rectify.new_ledger` lays it out.
-        empty: whether every weight of the feeding layer is zero.
+        ledgers: one per site, as :func:`layer_collapse.ops.rectify.new_ledger` lays it out.
+        empty: per site, whether every weight of the feeding layer is zero.
     """
-    words = ledger.cpu()
-    positions = int(words[POSITIONS])
-    counts = counts_of(words, site.kind).numpy()
-    numbers = _C.entropy_from_counts(counts, positions, site.kind.code)
-    linear = site.kind.piecewise_linear and numbers["mixed"] == 0
+    summary, _, states = layer_entropies(
+        [ledger.cpu() for ledger in ledgers], [site.kind.code for site in sites]
+    )
+    per_site = torch.split(states, [site.neurons for site in sites])
+    return [
+        _row(site, numbers, codes.numpy(), is_empty)
+        for site, numbers, codes, is_empty in zip(
+            sites, summary.tolist(), per_site, empty, strict=True
+        )
+    ]
+
+
+def _row(site: Site, numbers: list[float], codes: np.ndarray, empty: bool) -> RectifierEntropy:
+    positions, mixed = int(numbers[Column.POSITIONS]), int(numbers[Column.MIXED])
     if positions == 0 or site.neurons == 0:
         state = UNMEASURED
-    elif numbers["nonfinite"]:
+    elif numbers[Column.NONFINITE]:
         state = NONFINITE
     elif empty:
         state = EMPTY
     else:
-        state = ONE_SIDED if linear else MIXED
+        state = ONE_SIDED if site.kind.piecewise_linear and mixed == 0 else MIXED
     return RectifierEntropy(
         name=site.name,
         kind=site.kind.name,
         feeding=site.feeding,
         neurons=site.neurons,
         positions=positions,
-        entropy=numbers["all"],
-        entropy_active=numbers["active"],
-        on=numbers["on"],
-        off=numbers["off"],
-        saturated=numbers["saturated"],
-        mixed=numbers["mixed"],
+        entropy=numbers[Column.ENTROPY],
+        entropy_active=numbers[Column.ENTROPY_ACTIVE],
+        on=int(numbers[Column.ON]),
+        off=int(numbers[Column.OFF]),
+        saturated=int(numbers[Column.SATURATED]),
+        mixed=mixed,
         state=state,
         candidate=site.candidate,
         why_not=site.why_not,
         way_around=site.way_around,
-        neuron_states=(
-            _C.neurons_from_counts(counts, positions, site.kind.code)[1] if positions else None
-        ),
+        neuron_states=codes if positions else None,
     )
 
 

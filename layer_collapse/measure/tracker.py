@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..graph import ExampleInputs, TraceError, rectifier_nodes, trace
-from ..ops.rectify import ENABLED, POSITIONS
+from ..ops.entropy import LiveEntropy, live_entropy
+from ..ops.rectify import COUNT, FLAGS, LIVE, POSITIONS
 from .rectifiers import module_kind
 from .report import EntropyReport, measured
 from .sites import calls_per_forward, feeding_is_empty, find_sites, scope_of, source_of
@@ -34,7 +35,11 @@ class EntropyTracker:
     """Counts the signs of every rectifier's input while the model is used; see :func:`track`."""
 
     def __init__(
-        self, model: nn.Module, example_inputs: ExampleInputs, ignore: tuple[str, ...]
+        self,
+        model: nn.Module,
+        example_inputs: ExampleInputs,
+        ignore: tuple[str, ...],
+        live: bool = False,
     ) -> None:
         self.model = _unwrapped(model)
         if any(hasattr(module, TAP) for module in self.model.modules()):
@@ -46,12 +51,14 @@ class EntropyTracker:
                 f"{type(self.model).__name__} has no rectifier to track; expected at least one of "
                 "ReLU, ReLU6, LeakyReLU, PReLU, GELU, SiLU, Hardswish"
             )
+        self._flags = COUNT | LIVE if live else COUNT
         self._shared = Shared()
         self._classes: list[tuple[nn.Module, type[nn.Module]]] = []
         self._hooks: list[Any] = []
         try:
             self._counters = self._install(graph, ignore)
             self._watch_attention_mask()
+            self.resume()
         except BaseException:
             self.remove()
             raise
@@ -130,11 +137,11 @@ class EntropyTracker:
 
     def pause(self) -> None:
         """Stop counting. The op reads a flag, so a compiled model is not compiled again."""
-        self._each_ledger(lambda ledger: ledger[ENABLED].fill_(0))
+        self._each_ledger(lambda ledger: ledger[FLAGS].fill_(0))
 
     def resume(self) -> None:
         """Count again after :meth:`pause`."""
-        self._each_ledger(lambda ledger: ledger[ENABLED].fill_(1))
+        self._each_ledger(lambda ledger: ledger[FLAGS].fill_(self._flags))
 
     def reset(self) -> None:
         """Set every count to zero; a pause stays a pause."""
@@ -150,18 +157,29 @@ class EntropyTracker:
         Counts taken while weights move steer the pruning; only :func:`layer_collapse.scan`
         certifies zero entropy.
         """
-        rows = []
-        for site in self.sites:
-            empty = feeding_is_empty(self.model, site)
-            rows.append(measured(site, self._counters[site.name].ledger, empty))
+        rows = measured(
+            self.sites,
+            [self._counters[site.name].ledger for site in self.sites],
+            [feeding_is_empty(self.model, site) for site in self.sites],
+        )
         blocked = [row for row in rows if not row.way_around and row.constant]
         cut_by = "; ".join(
             f"{row.name!r} is constant and nothing leads around it" for row in blocked
         )
         return EntropyReport(tuple(rows), cut=bool(blocked), cut_by=cut_by)
 
+    def live(self) -> dict[str, LiveEntropy]:
+        """What the last forward made of the counts so far, by rectifier: reads three words each.
+
+        Raises:
+            RuntimeError: the model was not tracked with ``live=True``.
+        """
+        if not self._flags & LIVE:
+            raise RuntimeError("live entropies need track(model, live=True)")
+        return {name: live_entropy(counter.ledger) for name, counter in self._counters.items()}
+
     def state_dict(self) -> dict[str, Tensor]:
-        """The ledgers by rectifier name: [2 + rows * C] int64, on the CPU."""
+        """The ledgers by rectifier name: [6 + rows * C] int64, on the CPU."""
         return {
             name: counter.ledger.detach().cpu().clone() for name, counter in self._counters.items()
         }
@@ -208,6 +226,7 @@ def track(
     example_inputs: ExampleInputs = None,
     *,
     ignore: tuple[str, ...] | list[str] = (),
+    live: bool = False,
 ) -> EntropyTracker:
     """Count, from now on, how every rectifier of ``model`` uses its non-linearity.
 
@@ -223,6 +242,8 @@ def track(
             needed where the dim of a rectifier's neurons depends on shapes (after view, flatten,
             transpose).
         ignore: names of rectifiers to leave alone.
+        live: also let every forward reduce its counters to the layer's entropy as its last step,
+            to be read by :meth:`EntropyTracker.live` at any time.
 
     Returns:
         The tracker; as a context manager it ends with :meth:`EntropyTracker.remove`.
@@ -231,4 +252,4 @@ def track(
         TraceError: the model cannot be traced, or a rectifier cannot be instrumented; named.
         ValueError: there is no rectifier.
     """
-    return EntropyTracker(model, example_inputs, tuple(ignore))
+    return EntropyTracker(model, example_inputs, tuple(ignore), live)

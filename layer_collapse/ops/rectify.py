@@ -19,17 +19,21 @@ from torch.autograd import forward_ad
 from .. import _C  # noqa: F401 - importing the module registers the ops
 from ..measure.rectifiers import KINDS, Call, Kind
 
-HEADER = 2  # ledger words before the counts: enabled, positions
-ENABLED, POSITIONS = 0, 1
+# Words of a ledger before its counts, as in csrc/core/rectifier.h.
+HEADER = 6
+FLAGS, POSITIONS = 0, 1
+LIVE_WORDS = slice(2, 5)
+#: Bits of the flags word: count; also reduce the counts to the live words after every forward.
+COUNT, LIVE = 1, 2
 
 _aten = torch.ops.aten
 _ops = torch.ops.layer_collapse
 
 
 def new_ledger(kind: Kind, channels: int, device: torch.device | str = "cpu") -> Tensor:
-    """An empty, enabled ledger: [2 + rows * channels] int64 = {enabled, positions, counts}."""
+    """An empty ledger that counts: [6 + rows * channels] int64, header before the counts."""
     ledger = torch.zeros(HEADER + kind.rows * channels, dtype=torch.int64, device=device)
-    ledger[ENABLED] = 1
+    ledger[FLAGS] = COUNT
     return ledger
 
 
@@ -242,7 +246,7 @@ def rectify_reference(
         rows.append(x > 6)
     if kind.name == "hardswish":
         rows.append((x > -3) & (x < 3))
-    if ledger[ENABLED]:
+    if ledger[FLAGS] & COUNT:
         positions = math.prod(x.shape[d] for d in dims)
         ledger[POSITIONS] += positions if valid is None else int(valid.sum())
         for row, counter in zip(rows, counts_of(ledger, kind), strict=True):

@@ -13,8 +13,6 @@ from ..graph import ExampleInputs, rectifier_nodes, submodule, trace, training_m
 from ..measure.rectifiers import module_call, parse_function
 from ..measure.report import (
     EMPTY,
-    NEURON_OFF,
-    NEURON_SATURATED,
     NONFINITE,
     UNMEASURED,
     EntropyReport,
@@ -22,6 +20,7 @@ from ..measure.report import (
 )
 from ..measure.scan import fingerprint
 from ..measure.sites import Site, find_sites, source_of
+from ..ops.entropy import State
 from ..ops.rectify import apply_torch
 from ..prune.rounds import CutError
 from .gate import AffineGate
@@ -127,7 +126,7 @@ def gate_for(model: nn.Module, node: fx.Node, site: Site, row: RectifierEntropy)
         scale.zero_()
         offset.copy_(apply_torch(call))
     else:
-        off = states == NEURON_OFF
+        off = states == State.OFF
         slope: float | Tensor = 0.0
         if site.kind.name == "leaky_relu":
             bound = (
@@ -141,8 +140,8 @@ def gate_for(model: nn.Module, node: fx.Node, site: Site, row: RectifierEntropy)
             assert isinstance(called, nn.PReLU)
             slope = called.weight.expand(site.neurons)[off]
         scale[off] = slope
-        scale[states == NEURON_SATURATED] = 0.0
-        offset[states == NEURON_SATURATED] = 6.0
+        scale[states == State.SATURATED] = 0.0
+        offset[states == State.SATURATED] = 6.0
     if site.split is not None:  # one value per entry of the dim that holds more than channels
         scale = scale[None, :, None].expand(site.split).reshape(-1)
         offset = offset[None, :, None].expand(site.split).reshape(-1)

@@ -481,7 +481,7 @@ def test_counts_can_be_saved_and_loaded() -> None:
             assert torch.equal(ledger, tracker.state_dict()[name])
         with pytest.raises(ValueError, match=r"rectifiers differ \(nobody\)"):
             restored.load_state_dict({**state, "nobody": state["act"]})
-        with pytest.raises(ValueError, match=r"counts of 'act': expected int64 of 20 words"):
+        with pytest.raises(ValueError, match=r"counts of 'act': expected int64 of 24 words"):
             restored.load_state_dict({**state, "act": torch.zeros(3, dtype=torch.int64)})
         with pytest.raises(ValueError, match=r"counts of 'act': expected int64"):
             restored.load_state_dict({**state, "act": torch.zeros(20)})

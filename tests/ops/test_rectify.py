@@ -22,7 +22,9 @@ from torch import Tensor
 
 from layer_collapse.measure.rectifiers import KINDS, Call, Kind
 from layer_collapse.ops.rectify import (
-    ENABLED,
+    COUNT,
+    FLAGS,
+    HEADER,
     POSITIONS,
     apply_torch,
     counts_of,
@@ -208,11 +210,11 @@ def test_counts_worked_by_hand() -> None:
     nan = float("nan")
     x = torch.tensor([[1.0, -0.0], [0.0, -2.0], [7.0, nan], [-3.0, 3.0]])
     _, ledger = run(KINDS["relu"], x, 1)
-    assert ledger.tolist() == [1, 4, 2, 1, 1, 1, 0, 1]
+    assert ledger.tolist() == [COUNT, 4, 0, 0, 0, 0, 2, 1, 1, 1, 0, 1]
     _, ledger = run(KINDS["relu6"], x, 1)
-    assert ledger.tolist() == [1, 4, 2, 1, 1, 1, 0, 1, 1, 0]
+    assert ledger.tolist() == [COUNT, 4, 0, 0, 0, 0, 2, 1, 1, 1, 0, 1, 1, 0]
     _, ledger = run(KINDS["hardswish"], x, 1)  # -3 and 3 themselves belong to both pieces
-    assert ledger.tolist() == [1, 4, 2, 1, 1, 1, 0, 1, 2, 2]
+    assert ledger.tolist() == [COUNT, 4, 0, 0, 0, 0, 2, 1, 1, 1, 0, 1, 2, 2]
 
 
 def test_counts_add_up_over_calls_and_stop_when_disabled() -> None:
@@ -223,7 +225,7 @@ def test_counts_add_up_over_calls_and_stop_when_disabled() -> None:
         rectify(Call(kind, batch), ledger, 1)
     _, reference = reference_of(kind, torch.cat(batches), 1)
     assert torch.equal(ledger, reference)
-    ledger[ENABLED] = 0
+    ledger[FLAGS] = 0
     y = rectify(Call(kind, batches[0]), ledger, 1)
     assert torch.equal(y, batches[0].relu())
     assert torch.equal(ledger[POSITIONS:], reference[POSITIONS:])
@@ -430,7 +432,7 @@ RELU, PRELU = KINDS["relu"].code, KINDS["prelu"].code
         ({"x": torch.tensor(1.0)}, r"x must have a channel dim"),
         ({"channel_dim": 2}, r"channel_dim must be a dim of x, -2 to 1 \(got 2\)"),
         ({"channel_dim": -3}, r"channel_dim must be a dim of x, -2 to 1 \(got -3\)"),
-        ({"channel_dim": 0}, r"ledger must be .* 8 words for 2 channels \(got Long with 11 words"),
+        ({"channel_dim": 0}, r"ledger must be .* 12 words for 2 channels \(got Long with 15 words"),
         ({"ledger": torch.zeros(11)}, r"ledger must be a contiguous int64 .*\(got Float"),
         ({"ledger": torch.zeros(22, dtype=torch.int64)[::2]}, r"ledger must be a contiguous"),
         ({"weight": torch.ones(1)}, r"weight belongs to PReLU and to no other kind \(got one\)"),
@@ -460,6 +462,6 @@ def test_wrong_arguments_are_named(op: str, change: dict[str, Any], message: str
 def test_the_ledger_layout() -> None:
     for kind in ALL_KINDS:
         ledger = new_ledger(kind, 5)
-        assert ledger.tolist() == [1] + [0] * (1 + kind.rows * 5)
+        assert ledger.tolist() == [COUNT] + [0] * (HEADER - 1 + kind.rows * 5)
         assert counts_of(ledger, kind).shape == (kind.rows, 5)
-        assert counts_of(ledger, kind).data_ptr() == ledger[2:].data_ptr()
+        assert counts_of(ledger, kind).data_ptr() == ledger[HEADER:].data_ptr()
