@@ -39,6 +39,8 @@ SOURCES = [
     "csrc/module.cpp",
     "csrc/library.cpp",
     "csrc/cpu/rectify.cpp",
+    "csrc/cpu/rectify_dense.cpp",
+    *(f"csrc/cpu/machines/{machine}.cpp" for machine in ("avx512", "avx2", "baseline")),
     "csrc/cpu/layer_entropies.cpp",
     "csrc/cpu/masked_step.cpp",
     "csrc/cpu/magnitude_select.cpp",
@@ -56,6 +58,7 @@ setup(
                 "-Wall",
                 "-Wextra",
                 "-Wno-unused-parameter",
+                "-Wno-psabi",  # vectors are only passed to functions that are inlined
                 "-fvisibility=hidden",
                 # A fused multiply-add rounds once where torch rounds twice: keep torch's bits.
                 "-ffp-contract=off",

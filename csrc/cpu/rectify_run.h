@@ -1,0 +1,150 @@
+// The threads around the loops of rectify_loops.h. Every thread counts into memory of its own and
+// adds that to the ledger at its end: sums of integers, the same in any order.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <mutex>
+#include <numeric>
+#include <vector>
+
+#include "cpu/rectify.h"
+#include "cpu/rectify_loops.h"
+
+namespace layer_collapse {
+namespace LC_MACHINE {
+
+constexpr int64_t kGrain = 1 << 15;      // elements below which a second thread does not pay
+constexpr int64_t kShortRow = 64;        // elements of a plane below which its columns are counted
+constexpr int64_t kFewRows = 8;          // rows below which counting columns does not pay
+constexpr int64_t kWideRow = 1 << 10;    // columns to which short rows are put side by side ...
+constexpr int64_t kWidestRow = 1 << 12;  // ... and the most of them, to fill whole blocks
+
+// Adds counts [kRows][stride] of the first `width` columns to sums, those of a ledger, [kRows][C].
+// Column w belongs to channel w / inner % C.
+template <typename Rectifier, typename Counter>
+void merge(Counter* counts, int64_t stride, int64_t width, int64_t channels, int64_t inner,
+           int64_t* sums) {
+  for (int64_t w = 0; w < width; ++w) counts[w] -= counts[stride + w];  // nonzero to positive
+  const std::lock_guard<std::mutex> lock(ledger_mutex());
+  for (int64_t row = 0; row < count_rows(Rectifier::kind); ++row) {
+    int64_t* into = sums + row * channels;
+    const Counter* from = counts + row * stride;
+    for (int64_t first = 0; first < width; first += channels * inner) {
+      for (int64_t c = 0; c < channels; ++c, from += inner) {
+        into[c] += inner == 1 ? *from : std::accumulate(from, from + inner, int64_t{0});
+      }
+    }
+  }
+}
+
+// sums: the counts of the ledger, or null when nothing is counted.
+template <typename Rectifier, typename T>
+void run_columns(const Span<T>& span, int64_t rows, const RectifyCall& call, int64_t* sums) {
+  constexpr int64_t kRows = count_rows(Rectifier::kind);
+  constexpr int64_t kBatch = 1 << 30;  // rows that 32 bits can count
+  const int64_t width = span.width, stride = blocks_of(width) * kBlock;
+  const int64_t grain = std::max<int64_t>(1, kGrain / width);
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t from, int64_t to) {
+    std::vector<uint8_t> bytes(kRows * stride), idle(span.valid ? kRows * stride : 0);
+    std::vector<int32_t> counts(kRows * stride);
+    int64_t since = 0;  // the last merge
+    for (int64_t row = from; row < to;) {
+      const int64_t stop = std::min(to, row + kByteRows);
+      since += stop - row;
+      for (; row < stop; ++row) {
+        const bool counted = !span.valid || span.valid[row];
+        rectify_columns<Rectifier>(span.x + row * width, span.y + row * width, width, span.slopes,
+                                   counted ? bytes.data() : idle.data());
+      }
+      drain_columns<Rectifier, T>(bytes.data(), width, counts.data());
+      if (sums && (row == to || since >= kBatch)) {
+        merge<Rectifier>(counts.data(), stride, width, call.channels, call.inner, sums);
+        std::fill(counts.begin(), counts.end(), 0);
+        since = 0;
+      }
+    }
+  });
+}
+
+template <typename Rectifier, typename T>
+void run_planes(const Span<T>& span, int64_t rows, int64_t* sums) {
+  constexpr int64_t kRows = count_rows(Rectifier::kind);
+  const int64_t segments = (span.width + kLongestRow - 1) / kLongestRow;
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::min(span.width, kLongestRow));
+  torch::stable::parallel_for(0, rows * segments, grain, [&](int64_t from, int64_t to) {
+    std::vector<int64_t> counts(kRows * span.channels);
+    rectify_planes<Rectifier>(span, from, to, counts.data());
+    if (sums) {
+      merge<Rectifier>(counts.data(), span.channels, span.channels, span.channels, 1, sums);
+    }
+  });
+}
+
+template <typename Rectifier, typename T>
+void run(const RectifyCall& call, int64_t* sums) {
+  const bool columns =
+      call.inner == 1 || (call.inner < kShortRow && call.outer >= kFewRows && !call.valid);
+  const int64_t width = columns ? call.channels * call.inner : call.inner;
+  int64_t rows = columns ? call.outer : call.outer * call.channels;
+  int64_t side_by_side = 1;  // short rows, as one
+  if (columns && !call.valid) {
+    const int64_t whole = kBlock / std::gcd(width, kBlock);  // the fewest that fill blocks
+    const int64_t wanted = whole * std::max<int64_t>(1, kWideRow / (whole * width));
+    if (wanted * width <= kWidestRow && wanted <= rows) side_by_side = wanted;
+  }
+  const int64_t rest = rows % side_by_side;
+  rows /= side_by_side;
+
+  std::vector<Compute<T>> slopes;
+  if constexpr (Rectifier::kSloped) {
+    const T* given = static_cast<const T*>(call.slopes);
+    const int64_t repeated = columns ? side_by_side * width : call.channels;
+    for (int64_t i = 0; i < repeated; ++i) {
+      const int64_t channel = columns ? i / call.inner % call.channels : i;
+      slopes.push_back(given ? static_cast<Compute<T>>(given[call.slope_count == 1 ? 0 : channel])
+                             : static_cast<Compute<T>>(call.slope));
+    }
+  }
+  Span<T> span{static_cast<const T*>(call.x),
+               static_cast<T*>(call.y),
+               call.valid,
+               slopes.data(),
+               call.channels,
+               width * side_by_side};
+  if (!columns) return run_planes<Rectifier>(span, rows, sums);
+  run_columns<Rectifier>(span, rows, call, sums);
+  if (rest == 0) return;
+  span.x += rows * span.width;
+  span.y += rows * span.width;
+  span.width = rest * width;
+  run_columns<Rectifier>(span, 1, call, sums);
+}
+
+template <typename T>
+void run_kind(const RectifyCall& call, int64_t* sums) {
+  switch (call.kind) {
+    case Kind::relu:
+      return run<Relu, T>(call, sums);
+    case Kind::relu6:
+      return run<Relu6, T>(call, sums);
+    case Kind::leaky_relu:
+    case Kind::prelu:
+      return run<LeakyRelu, T>(call, sums);
+    case Kind::hardswish:
+      return run<Hardswish, T>(call, sums);
+    case Kind::gelu:
+    case Kind::gelu_tanh:
+    case Kind::silu:
+      return run<CountOnly, T>(call, sums);
+  }
+}
+
+void rectify_run(const RectifyCall& call, int64_t* sums) {
+  visit_weight_type(call.dtype,
+                    [&]<typename T>(std::type_identity<T>) { run_kind<T>(call, sums); });
+}
+
+}  // namespace LC_MACHINE
+}  // namespace layer_collapse
