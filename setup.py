@@ -38,6 +38,7 @@ if shutil.which(compiler.split()[0]) is None:
 SOURCES = [
     "csrc/module.cpp",
     "csrc/library.cpp",
+    "csrc/eager.cpp",
     "csrc/cpu/rectify.cpp",
     "csrc/cpu/rectify_dense.cpp",
     *(f"csrc/cpu/machines/{machine}.cpp" for machine in ("avx512", "avx2", "baseline")),

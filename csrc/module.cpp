@@ -9,20 +9,23 @@
 #include "checks.h"
 #include "core/bitmask.h"
 #include "core/budget.h"
+#include "cpu/rectify.h"
+#include "eager.h"
 
 namespace py = pybind11;
 
 namespace layer_collapse {
 namespace {
 
-// Instruction set that the dispatched loops (cpu/dispatch.h) run with on this machine.
 const char* cpu_capability() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return "AVX-512";
-  if (__builtin_cpu_supports("x86-64-v3")) return "AVX2";
-#endif
-  return "baseline";
+  switch (machine()) {
+    case Machine::avx512:
+      return "AVX-512";
+    case Machine::avx2:
+      return "AVX2";
+    default:
+      return "baseline";
+  }
 }
 
 py::dict build_info() {
@@ -105,6 +108,7 @@ int64_t alive_in(const py::array& words) {
 PYBIND11_MODULE(_C, m) {
   m.doc() =
       "Host-side core of layer_collapse; importing it also registers torch.ops.layer_collapse";
+  define_eager(m);
   m.def("build_info", &build_info,
         "Compiler, C++ standard, instruction set in use, torch ABI target");
   m.def("entropy_budget", &budget, py::arg("entropy"), py::arg("importance"), py::arg("caps"),

@@ -7,6 +7,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 def build_info() -> dict[str, Any]: ...
+def rectify_memory(
+    ledger: int,
+    channels: int,
+    kind: int,
+    slope: float,
+    x: int,
+    y: int,
+    shape: tuple[int, ...],
+    channel_dim: int,
+    dtype: int,
+    channels_last: bool,
+    /,
+) -> bool: ...
 def entropy_budget(
     entropy: Sequence[float], importance: Sequence[float], caps: Sequence[int], total: int
 ) -> list[int]: ...

@@ -153,7 +153,8 @@ LC_INLINE int64_t sum_lanes(typename Lanes<T>::Mask lanes) {
 // 1 in lanes with a set bit, else 0. GCC makes more than one instruction of (bits != 0) & 1.
 LC_INLINE Lanes<float>::Mask at_most_one(Lanes<float>::Mask bits) {
 #if defined(LC_AVX512)
-  return (Lanes<float>::Mask)_mm512_min_epu32((__m512i)bits, _mm512_set1_epi32(1));
+  // maskz: the plain intrinsic makes GCC 12 warn of a variable of its own
+  return (Lanes<float>::Mask)_mm512_maskz_min_epu32(0xFFFF, (__m512i)bits, _mm512_set1_epi32(1));
 #elif defined(LC_AVX2)
   __m256i halves[2];
   std::memcpy(halves, &bits, sizeof(halves));

@@ -27,6 +27,11 @@ struct RectifyCall {
 // flag is off, nor when autograd replays a forward under activation checkpointing.
 void rectify_dense(const RectifyCall& call);
 
+// The instructions in use: the machine's best, or fewer if LAYER_COLLAPSE_CPU is "avx2" or
+// "baseline" (read once; for tests and for comparing).
+enum class Machine { baseline, avx2, avx512 };
+Machine machine();
+
 // rectify_run.h, once per machine. sums: the counts of the ledger, null when nothing is counted.
 namespace avx512 {
 void rectify_run(const RectifyCall& call, int64_t* sums);

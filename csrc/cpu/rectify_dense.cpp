@@ -1,6 +1,8 @@
 // Whether a call counts, and which machine's code runs it.
 #include <algorithm>
+#include <cstdlib>
 #include <mutex>
+#include <string_view>
 
 #include "core/entropy.h"
 #include "cpu/rectify.h"
@@ -18,6 +20,20 @@ std::mutex& ledger_mutex() {
   return mutex;
 }
 
+Machine machine() {
+  static const Machine found = [] {
+#if defined(__x86_64__)
+    const char* wanted = std::getenv("LAYER_COLLAPSE_CPU");
+    const std::string_view limit = wanted ? wanted : "";
+    const bool avx2 = __builtin_cpu_supports("x86-64-v3") && limit != "baseline";
+    if (__builtin_cpu_supports("x86-64-v4") && avx2 && limit != "avx2") return Machine::avx512;
+    if (avx2) return Machine::avx2;
+#endif
+    return Machine::baseline;
+  }();
+  return found;
+}
+
 void rectify_dense(const RectifyCall& call) {
   int64_t* ledger = call.ledger;
   const bool counted =
@@ -31,19 +47,18 @@ void rectify_dense(const RectifyCall& call) {
   if (positions * call.channels == 0) return;
   if (!counted && is_smooth(call.kind)) return;
   int64_t* sums = counted ? ledger + kLedgerHeader : nullptr;
+  switch (machine()) {
 #if defined(__x86_64__)
-  static const bool has_avx512 = __builtin_cpu_supports("x86-64-v4");
-  static const bool has_avx2 = __builtin_cpu_supports("x86-64-v3");
-  if (has_avx512) {
-    avx512::rectify_run(call, sums);
-  } else if (has_avx2) {
-    avx2::rectify_run(call, sums);
-  } else {
-    baseline::rectify_run(call, sums);
-  }
-#else
-  baseline::rectify_run(call, sums);
+    case Machine::avx512:
+      avx512::rectify_run(call, sums);
+      break;
+    case Machine::avx2:
+      avx2::rectify_run(call, sums);
+      break;
 #endif
+    default:
+      baseline::rectify_run(call, sums);
+  }
   if (counted && (ledger[kFlags] & kLive) != 0) {
     const std::lock_guard<std::mutex> lock(ledger_mutex());
     refresh_live(ledger, call.channels, call.kind);

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..ops.eager import rectify_eager
 from ..ops.rectify import apply_torch, count_signs, new_ledger, rectify
 from .rectifiers import Call, Kind, module_call, parse_function
 from .sites import Site
@@ -47,6 +48,10 @@ class Counter:
                 f"{call.kind.name}: control flow changed the order of the calls; track the model "
                 "with example_inputs that take the same path"
             )
+        if valid is None and call.weight is None and not torch.compiler.is_compiling():
+            y = self.shortcut(x, call.slope, call.inplace)
+            if y is not None:
+                return y
         if self.ledger.device != x.device:
             self.ledger = self.ledger.to(x.device)
         self._check_shape(x)
@@ -67,6 +72,15 @@ class Counter:
         if site.split is not None:
             y = y.flatten(dim - 1, dim + 1)
         return original.x.copy_(y) if original.inplace and site.split is not None else y
+
+    def shortcut(self, x: Tensor, slope: float, inplace: bool) -> Tensor | None:
+        """:meth:`count` in eager mode without the op, or None, with nothing done."""
+        site = self.site
+        if site.split is not None:
+            return None
+        return rectify_eager(
+            site.kind, x, self.ledger, site.neurons, site.channel_dim, slope, inplace
+        )
 
     def _check_shape(self, x: Tensor) -> None:
         site = self.site
@@ -94,6 +108,18 @@ class Tap:
         self.shared = shared
         self.calls = 0
         self.per_forward: int | None = None  # functional calls per forward of the owner
+
+    def shortcut(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """The output of a rectifier module in eager mode, or None, with nothing done."""
+        if self.total != 1 or self.shared.valid is not None or torch.compiler.is_compiling():
+            return None
+        counter = self.counters.get(0)
+        if counter is None or counter.site.kind is not self.kind:
+            return None
+        attributes = module.__dict__
+        return counter.shortcut(
+            x, attributes.get("negative_slope", 0.0), attributes.get("inplace", False)
+        )
 
     def count(self, call: Call) -> Tensor:
         index = 0
@@ -168,6 +194,9 @@ def tracked_class(original: type[nn.Module], functional: bool) -> type[nn.Module
         def count(self: Any, input: Tensor) -> Tensor:  # the name that torch's modules use
             tap: Tap = getattr(self, TAP)
             assert tap.kind is not None
+            y = tap.shortcut(self, input)
+            if y is not None:
+                return y
             return tap.count(module_call(self, tap.kind, input))
 
         forward = watch_functions if functional else count

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from layer_collapse import _C
 from layer_collapse.measure.rectifiers import KINDS, Call, Kind
 from layer_collapse.ops.rectify import (
     COUNT,
@@ -465,3 +469,52 @@ def test_the_ledger_layout() -> None:
         assert ledger.tolist() == [COUNT] + [0] * (HEADER - 1 + kind.rows * 5)
         assert counts_of(ledger, kind).shape == (kind.rows, 5)
         assert counts_of(ledger, kind).data_ptr() == ledger[HEADER:].data_ptr()
+
+
+@st.composite
+def mostly_ordered(draw: st.DrawFn) -> tuple[Tensor, int]:
+    """A tensor with at most one NaN, so that the loops take the way that looks for it once."""
+    channels, positions = draw(st.integers(1, 150)), draw(st.integers(1, 40))
+    inner = draw(st.sampled_from([1, 1, 3, 63, 64, 65, 130]))
+    shape = (positions, channels, inner) if inner > 1 else (positions, channels)
+    dtype = draw(st.sampled_from(DTYPES))
+    x = sample(*shape, dtype=dtype, seed=draw(st.integers(0, 20)))
+    x = torch.where(x.isnan(), torch.tensor(-0.0, dtype=dtype), x)
+    if draw(st.booleans()):
+        sign = draw(st.sampled_from([1.0, -1.0]))
+        place = draw(st.integers(0, x.numel() - 1))
+        x.view(-1)[place] = torch.copysign(torch.tensor(float("nan")), torch.tensor(sign))
+    return x, 1
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(mostly_ordered(), st.sampled_from(ALL_KINDS), st.integers(1, 2))
+def test_values_in_order(case: tuple[Tensor, int], kind: Kind, threads: int) -> None:
+    x, dim = case
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y, ledger = run(kind, x.clone(), dim)
+        expected, reference = reference_of(kind, x, dim)
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bits(y, expected)
+    assert torch.equal(ledger, reference)
+
+
+@pytest.mark.parametrize("machine", ["avx2", "baseline"])
+def test_older_machines_give_the_same(machine: str) -> None:
+    """The loops of lesser instruction sets, which this machine would not choose."""
+    code = (
+        "import pytest, sys; from layer_collapse import _C; "
+        f"assert _C.build_info()['cpu_capability'].lower() == {machine!r}; "
+        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', "
+        f"{__file__!r}, '-k', 'values_in_order or worked_by_hand or any_strides']))"
+    )
+    if _C.build_info()["cpu_capability"].lower() == "baseline" != machine:
+        pytest.skip("this machine has no AVX2")
+    environment = os.environ | {"LAYER_COLLAPSE_CPU": machine}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
