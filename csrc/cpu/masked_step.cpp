@@ -10,38 +10,17 @@
 #include <optional>
 #include <variant>
 
+#include "cpu/line_walk.h"
 #include "cpu/masked_rules.h"
 #include "cpu/step_arguments.h"
 
 namespace layer_collapse {
 namespace {
 
-// Words first .. last of a tensor of `numel` weights; words[0] is word number `first`, nullptr
-// means that all weights are alive. The rule comes by value: a local copy cannot alias the weights,
-// so its numbers stay in registers.
-template <typename Rule>
-LC_INLINE void walk_words(Rule rule, const uint32_t* words, int64_t first, int64_t last,
-                          int64_t numel) {
-  for (int64_t number = first; number < last; ++number) {
-    const int64_t base = number * kWordBits;
-    const int64_t count = weights_in_word(number, numel);
-    const uint32_t word = words ? words[number - first] : full_word(count);
-    if (word == 0) {
-      rule.prune(base, count);
-    } else if (!Rule::kDense && word == full_word(kWordBits)) {
-      continue;
-    } else if (count == kWordBits) {
-      rule.block(base, kWordBits, word);  // a trip count that the compiler knows
-    } else {
-      rule.block(base, count, word);
-    }
-  }
-}
-
 #define LC_RULE(Rule)                                                                      \
   LC_CLONES void run(const Rule& rule, const uint32_t* words, int64_t first, int64_t last, \
                      int64_t numel) {                                                      \
-    walk_words(rule, words, first, last, numel);                                           \
+    walk_lines(rule, words, first, last, numel);                                           \
   }
 LC_RULE(SgdRule<float>)
 LC_RULE(SgdRule<double>)
@@ -101,9 +80,13 @@ void masked_sgd_(Tensors params, Tensors grads, Tensors momentum_buffers, Tensor
     check(momentum_buffers.empty(), kOp, ": momentum_buffers must be empty without momentum (got ",
           momentum_buffers.size(), ")");
   }
-  const double scale = grad_scale ? read_scalar(kOp, "grad_scale", *grad_scale) : 1.0;
+  const std::optional<double> scale = read_grad_scale(kOp, grad_scale);
   if (found_inf && read_scalar(kOp, "found_inf", *found_inf) != 0) return;
 
+  // Skipped lines must hold zeros; before the first step the buffers' memory may hold anything.
+  if (first_step) {
+    for (Tensor& buffer : momentum_buffers) torch::stable::zero_(buffer);
+  }
   std::vector<RuleOf<SgdRule>> rules;
   for (size_t i = 0; i < params.size(); ++i) {
     visit_weight_type(views[i].dtype, [&]<typename Weight>(std::type_identity<Weight>) {
@@ -113,8 +96,8 @@ void masked_sgd_(Tensors params, Tensors grads, Tensors momentum_buffers, Tensor
           static_cast<const Weight*>(slopes[i].const_data_ptr()),
           momentum != 0 ? static_cast<Weight*>(momentum_buffers[i].mutable_data_ptr()) : nullptr,
           static_cast<Real>(lr), static_cast<Real>(momentum), static_cast<Real>(1 - dampening),
-          static_cast<Real>(weight_decay), static_cast<Real>(maximize ? -scale : scale),
-          weight_decay != 0, nesterov, first_step});
+          static_cast<Real>(weight_decay), make_gradient<Real>(scale, maximize),
+          Choice<Real>(weight_decay != 0), Choice<Real>(nesterov), Choice<Real>(first_step)});
     });
   }
   run_all(views, rules);
@@ -132,7 +115,7 @@ void masked_adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_
   check_state(kOp, "exp_avg_sqs", exp_avg_sqs, params);
   if (amsgrad) check_state(kOp, "max_exp_avg_sqs", max_exp_avg_sqs, params);
   check_length(kOp, "steps", steps.size(), params.size());
-  const double scale = grad_scale ? read_scalar(kOp, "grad_scale", *grad_scale) : 1.0;
+  const std::optional<double> scale = read_grad_scale(kOp, grad_scale);
 
   std::vector<RuleOf<AdamWRule>> rules;
   for (size_t i = 0; i < params.size(); ++i) {
@@ -150,7 +133,8 @@ void masked_adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_
           static_cast<Real>(std::sqrt(1 - std::pow(beta2, step))),
           static_cast<Real>(1 - lr * weight_decay), static_cast<Real>(1 - beta1),
           static_cast<Real>(beta2), static_cast<Real>(1 - beta2), static_cast<Real>(eps),
-          static_cast<Real>(maximize ? -scale : scale)});
+          Choice<Real>(static_cast<Real>(1 - beta1) < Real{0.5}),
+          make_gradient<Real>(scale, maximize)});
     });
   }
   if (found_inf && read_scalar(kOp, "found_inf", *found_inf) != 0) return;

@@ -1,8 +1,10 @@
 // What a masked step asks of its arguments, checked before anything is written.
 #pragma once
 
+#include <optional>
 #include <vector>
 
+#include "cpu/masked_rules.h"
 #include "cpu/masked_tensors.h"
 
 namespace layer_collapse {
@@ -70,6 +72,17 @@ inline double read_scalar(const char* op, const char* name, const Tensor& value)
   if (value.scalar_type() == ScalarType::Double) return *value.const_data_ptr<double>();
   refuse(op, ": ", name, " must be float32 or float64 (got ",
          torch::headeronly::toString(value.scalar_type()), ")");
+}
+
+inline std::optional<double> read_grad_scale(const char* op, const std::optional<Tensor>& value) {
+  if (!value) return std::nullopt;
+  return read_scalar(op, "grad_scale", *value);
+}
+
+template <typename Real>
+Gradient<Real> make_gradient(std::optional<double> grad_scale, bool maximize) {
+  return {static_cast<Real>(maximize ? -1 : 1), static_cast<Real>(grad_scale.value_or(1)),
+          grad_scale.has_value()};
 }
 
 }  // namespace layer_collapse
