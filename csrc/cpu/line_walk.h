@@ -26,6 +26,8 @@ inline constexpr int64_t line_weights = kLineBytes / sizeof(Weight);
 // The distance at which the steps were fastest: 16 is slower than no request at all.
 inline constexpr uint32_t kAhead = 64;
 
+inline constexpr int64_t kMaskAhead = 1024;  // words
+
 // With so many lines of a span to work on, reading it whole is faster than leaving some out.
 inline constexpr int kCrowded = 20;
 
@@ -74,8 +76,12 @@ LC_INLINE void walk_lines(Rule rule, const uint32_t* words, int64_t first, int64
     const int64_t count = std::min(kSpan, last - begin);
     uint64_t busy = ~uint64_t{0};
     if (words != nullptr) {
-      busy = count == kSpan ? busy_lines<Weight, Rule::kIdle>(words + (begin - first), kSpan)
-                            : busy_lines<Weight, Rule::kIdle>(words + (begin - first), count);
+      const uint32_t* span = words + (begin - first);
+      for (int64_t i = 0; i < kSpan; i += kLineBytes / sizeof(uint32_t)) {
+        __builtin_prefetch(span + kMaskAhead + i);
+      }
+      busy = count == kSpan ? busy_lines<Weight, Rule::kIdle>(span, kSpan)
+                            : busy_lines<Weight, Rule::kIdle>(span, count);
       if (std::popcount(busy) >= kCrowded) busy = ~uint64_t{0};
     }
     const int64_t lines =
