@@ -61,9 +61,11 @@ void run_in_memory_order(const Rule& rule, const MaskedTensor& tensor, int64_t f
 
 template <typename Rules>
 void run_all(const std::vector<MaskedTensor>& tensors, const Rules& rules) {
-  parallel_word_ranges(tensors, [&](size_t i, int64_t first, int64_t last) {
-    std::visit([&](const auto& rule) { run_in_memory_order(rule, tensors[i], first, last); },
-               rules[i]);
+  parallel_word_ranges(tensors, [&](std::span<const WordRange> ranges) {
+    for (const auto& [i, first, last] : ranges) {
+      std::visit([&](const auto& rule) { run_in_memory_order(rule, tensors[i], first, last); },
+                 rules[i]);
+    }
   });
 }
 

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -95,22 +96,29 @@ inline MaskedTensor view_in_mask_order(const char* op, const char* list, size_t 
           {to_vector(tensor.sizes()), to_vector(tensor.strides())}};
 }
 
-// body(tensor, first_word, last_word) for ranges that cover every word of every tensor once, spread
+// Words first .. last of a tensor of a list.
+struct WordRange {
+  int64_t tensor, first, last;
+};
+
+// body(ranges) once per thread; together the ranges cover every word of every tensor once, spread
 // over the threads as if all tensors were one. The cuts depend on the number of threads, so a body
-// must give the same result however its range is cut.
-template <typename Body>
-void parallel_word_ranges(const std::vector<MaskedTensor>& tensors, const Body& body) {
+// must give the same result however its words are cut.
+template <typename Tensors, typename Body>
+void parallel_word_ranges(const Tensors& tensors, const Body& body) {
   std::vector<int64_t> first{0};  // [tensors + 1]: where each tensor's words begin
   for (const MaskedTensor& tensor : tensors) {
     first.push_back(first.back() + mask_words(tensor.numel));
   }
   torch::stable::parallel_for(0, first.back(), kGrainWords, [&](int64_t begin, int64_t end) {
-    size_t i = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
+    std::vector<WordRange> ranges;
+    int64_t i = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
     for (; begin < end; ++i) {
       const int64_t stop = std::min(end, first[i + 1]);
-      if (begin < stop) body(i, begin - first[i], stop - first[i]);
+      if (begin < stop) ranges.push_back({i, begin - first[i], stop - first[i]});
       begin = stop;
     }
+    body(std::span<const WordRange>(ranges));
   });
 }
 
