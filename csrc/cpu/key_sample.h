@@ -13,7 +13,7 @@
 
 namespace layer_collapse {
 
-inline constexpr int64_t kSampleSize = 16384;
+inline constexpr int64_t kSampleSize = 32768;
 
 // The j-th set bit of a word with more than j of them.
 LC_INLINE int nth_bit(uint32_t word, int64_t j) {
@@ -21,43 +21,59 @@ LC_INLINE int nth_bit(uint32_t word, int64_t j) {
   return std::countr_zero(word);
 }
 
-// Which of `alive` weights stands for part s of the sample.
-LC_INLINE int64_t drawn_rank(int64_t s, int64_t alive) {
-  const int64_t part = alive / kSampleSize;
-  const uint64_t hash = (static_cast<uint64_t>(s) + 1) * 0x9E3779B97F4A7C15u >> 33;
-  return s * part + static_cast<int64_t>(hash % static_cast<uint64_t>(part));
-}
+// The ranks among `alive` weights that are drawn, in rising order.
+class Draw {
+ public:
+  explicit Draw(int64_t alive) : part_(alive / kSampleSize) { advance(); }
 
-// Appends the mask positions of the drawn ranks that lie in words[count], whose first alive weight
-// has rank `rank`, and moves `rank` past the words.
-LC_CLONES inline void find_drawn(const uint32_t* words, int64_t count, int64_t alive, int64_t& rank,
-                                 int64_t& drawn, std::vector<int64_t>& positions) {
+  int64_t rank() const { return rank_; }  // beyond all weights when none is left
+
+  void advance() {
+    const uint64_t hash = (static_cast<uint64_t>(number_) + 1) * 0x9E3779B97F4A7C15u >> 33;
+    rank_ = number_ < kSampleSize
+                ? number_ * part_ + static_cast<int64_t>(hash % static_cast<uint64_t>(part_))
+                : std::numeric_limits<int64_t>::max();
+    ++number_;
+  }
+
+ private:
+  int64_t part_, number_ = 0, rank_;
+};
+
+// The mask positions of the drawn weights among words[count], whose first alive weight has rank
+// `rank`; moves `rank` past them.
+LC_CLONES inline void find_drawn(const uint32_t* words, int64_t count, int64_t& rank, Draw& draw,
+                                 std::vector<int64_t>& positions) {
   for (int64_t number = 0; number < count; ++number) {
     const int64_t next = rank + std::popcount(words[number]);
-    for (; drawn < kSampleSize && drawn_rank(drawn, alive) < next; ++drawn) {
-      const int bit = nth_bit(words[number], drawn_rank(drawn, alive) - rank);
-      positions.push_back(number * kWordBits + bit);
+    for (; draw.rank() < next; draw.advance()) {
+      positions.push_back(number * kWordBits + nth_bit(words[number], draw.rank() - rank));
     }
     rank = next;
   }
 }
 
 template <typename Key>
-KeyRange<Key> guess_range(const Views& views, int64_t alive, int64_t k) {
+struct Guess {
+  KeyRange<Key> range;
+  int64_t inside;  // about how many keys lie in it
+};
+
+template <typename Key>
+Guess<Key> guess_range(const Views& views, int64_t alive, int64_t k) {
   std::vector<Key> sample;
   sample.reserve(kSampleSize);
   int64_t rank = 0;
-  int64_t drawn = 0;
+  Draw draw(alive);
   std::vector<int64_t> positions;
   for (const Weights& weights : views) {
     positions.clear();
     if (weights.words != nullptr) {
-      find_drawn(weights.words, mask_words(weights.numel), alive, rank, drawn, positions);
+      find_drawn(weights.words, mask_words(weights.numel), rank, draw, positions);
     } else {
-      for (; drawn < kSampleSize && drawn_rank(drawn, alive) < rank + weights.numel; ++drawn) {
-        positions.push_back(drawn_rank(drawn, alive) - rank);
-      }
-      rank += weights.numel;
+      const int64_t next = rank + weights.numel;
+      for (; draw.rank() < next; draw.advance()) positions.push_back(draw.rank() - rank);
+      rank = next;
     }
     visit_weight_type(weights.dtype, [&]<typename Weight>(std::type_identity<Weight>) {
       const auto* data = static_cast<const Weight*>(weights.data);
@@ -82,7 +98,8 @@ KeyRange<Key> guess_range(const Views& views, int64_t alive, int64_t k) {
   const double last = size * share + margin;
   const Key low = first < 0 ? Key{0} : bound(first);
   const Key high = last >= size ? kInfinity<Key> : bound(last);
-  return {low, high - low + 1};
+  const double width = std::min(last, size) - std::max(first, 0.0);
+  return {{low, high - low + 1}, static_cast<int64_t>(width / size * static_cast<double>(alive))};
 }
 
 }  // namespace layer_collapse

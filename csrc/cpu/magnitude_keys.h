@@ -43,11 +43,20 @@ struct Split {
   uint32_t below, inside;
 };
 
-// Splits weights[count * 32] by alive[count]; raises `largest` to the largest alive key.
+// What a scan of words comes to.
+template <typename Key>
+struct Scanned {
+  int64_t below = 0, inside = 0;
+  Key largest = 0;  // of all alive keys
+};
+
+// Splits weights[count * 32] by alive[count] and adds up.
 template <typename Weight, typename Key>
 LC_INLINE void split_each(const Weight* weights, const uint32_t* alive, int64_t count,
-                          KeyRange<Key> range, Split* splits, Key& largest) {
-  Key most = largest;
+                          KeyRange<Key> range, Split* splits, Scanned<Key>& sum) {
+  std::array<Key, kWordBits> most{};  // by place in the word, so that words do not wait in turn
+  int64_t below_sum = 0;
+  int64_t inside_sum = 0;
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t word = alive[i];
     if (word == 0) {
@@ -60,17 +69,21 @@ LC_INLINE void split_each(const Weight* weights, const uint32_t* alive, int64_t 
       const Key key = magnitude_key<Key>(weights[i * kWordBits + j]);
       below |= static_cast<uint32_t>(key < range.low) << j;
       inside |= static_cast<uint32_t>(static_cast<Key>(key - range.low) < range.width) << j;
-      most = std::max<Key>(most, key & (Key{0} - Key{(word >> j) & 1}));
+      most[j] = std::max<Key>(most[j], key & (Key{0} - Key{(word >> j) & 1}));
     }
     splits[i] = {below & word, inside & word};
+    below_sum += std::popcount(below & word);
+    inside_sum += std::popcount(inside & word);
   }
-  largest = most;
+  sum.below += below_sum;
+  sum.inside += inside_sum;
+  for (Key key : most) sum.largest = std::max(sum.largest, key);
 }
 
 #define LC_SPLIT(Weight, Key)                                                                    \
   LC_CLONES inline void split_words(const Weight* weights, const uint32_t* alive, int64_t count, \
-                                    KeyRange<Key> range, Split* splits, Key& largest) {          \
-    split_each(weights, alive, count, range, splits, largest);                                   \
+                                    KeyRange<Key> range, Split* splits, Scanned<Key>& sum) {     \
+    split_each(weights, alive, count, range, splits, sum);                                       \
   }
 LC_SPLIT(float, uint32_t)
 LC_SPLIT(BFloat16, uint32_t)
@@ -81,12 +94,12 @@ LC_SPLIT(Half, uint64_t)
 LC_SPLIT(double, uint64_t)
 #undef LC_SPLIT
 
-// visit(number, split, key_of) for words first .. last that have something below or inside the
-// range, in mask order; key_of(j) is the key of weight j of the word. Raises `largest` to the
-// largest alive key of all the words.
+// visit(number, split, key_of) for every word first .. last, in mask order; key_of(j) is the key of
+// weight j of the word.
 template <typename Key, typename Visit>
-void scan_words(const Weights& weights, int64_t first, int64_t last, KeyRange<Key> range,
-                Key& largest, const Visit& visit) {
+Scanned<Key> scan_words(const Weights& weights, int64_t first, int64_t last, KeyRange<Key> range,
+                        const Visit& visit) {
+  Scanned<Key> sum;
   visit_weight_type(weights.dtype, [&]<typename Weight>(std::type_identity<Weight>) {
     if constexpr (std::is_same_v<Weight, double> && sizeof(Key) < sizeof(double)) {
       refuse("magnitude_select: float64 weights need 64-bit keys (got 32)");
@@ -115,15 +128,15 @@ void scan_words(const Weights& weights, int64_t first, int64_t last, KeyRange<Ke
           }
           alive = full.data();
         }
-        split_words(block, alive, count, range, splits.data(), largest);
+        split_words(block, alive, count, range, splits.data(), sum);
         for (int64_t i = 0; i < count; ++i) {
-          if ((splits[i].below | splits[i].inside) == 0) continue;
           visit(begin + i, splits[i],
                 [&](int j) { return magnitude_key<Key>(block[i * kWordBits + j]); });
         }
       }
     }
   });
+  return sum;
 }
 
 }  // namespace layer_collapse

@@ -2,8 +2,6 @@
 // in the order of a stable sort by (|w|, tensor, index), index in C order of the logical shape.
 #include <torch/csrc/stable/library.h>
 
-#include <atomic>
-
 #include "cpu/magnitude_cut.h"
 
 namespace layer_collapse {
@@ -31,26 +29,6 @@ int64_t alive_in(const Weights& weights) {
   return weights.words ? count_bits(weights.words, mask_words(weights.numel)) : weights.numel;
 }
 
-// below[tensors], equal[tensors]: alive weights of each tensor whose key is smaller or the same.
-template <typename Key>
-void count_by_tensor(const Views& views, Key limit, std::vector<std::atomic<int64_t>>& below,
-                     std::vector<std::atomic<int64_t>>& equal) {
-  parallel_word_ranges(views, [&](std::span<const WordRange> ranges) {
-    for (const auto& [i, first, last] : ranges) {
-      int64_t smaller = 0;
-      int64_t same = 0;
-      Key largest = 0;
-      scan_words<Key>(views[i], first, last, {limit, 1}, largest,
-                      [&](int64_t, Split split, const auto&) {
-                        smaller += std::popcount(split.below);
-                        same += std::popcount(split.inside);
-                      });
-      below[i] += smaller;
-      equal[i] += same;
-    }
-  });
-}
-
 Tensor magnitude_shares(std::vector<Tensor> weights, std::vector<Tensor> masks, int64_t k) {
   constexpr const char* kOp = "magnitude_shares";
   check(!weights.empty(), kOp, ": weights must hold at least one tensor (got none)");
@@ -63,20 +41,15 @@ Tensor magnitude_shares(std::vector<Tensor> weights, std::vector<Tensor> masks, 
                                            ScalarType::Long);
   if (k == 0) return shares;
 
-  std::vector<std::atomic<int64_t>> below(views.size());
-  std::vector<std::atomic<int64_t>> equal(views.size());
-  const Cut cut = with_keys(views, [&]<typename Key>(Key) {
-    const Cut found = select_smallest<Key>(views, alive, k);
-    check(found.nan_tensor < 0, kOp, ": alive weights must not be NaN (got NaN in weights[",
-          found.nan_tensor, "])");
-    count_by_tensor<Key>(views, static_cast<Key>(found.limit), below, equal);
-    return found;
-  });
+  const Cut cut =
+      with_keys(views, [&]<typename Key>(Key) { return select_smallest<Key>(views, alive, k); });
+  check(cut.nan_tensor < 0, kOp, ": alive weights must not be NaN (got NaN in weights[",
+        cut.nan_tensor, "])");
   int64_t ties = cut.ties;
   auto* result = shares.mutable_data_ptr<int64_t>();
   for (size_t i = 0; i < views.size(); ++i) {
-    const int64_t taken = std::min<int64_t>(ties, equal[i]);
-    result[i] = below[i] + taken;
+    const int64_t taken = std::min(ties, cut.equal[i]);
+    result[i] = cut.below[i] + taken;
     ties -= taken;
   }
   return shares;
@@ -85,29 +58,28 @@ Tensor magnitude_shares(std::vector<Tensor> weights, std::vector<Tensor> masks, 
 // Clears the bits of the cut in one tensor's mask.
 template <typename Key>
 void clear_below(const Views& one, const Cut& cut) {
-  const KeyRange<Key> limit{static_cast<Key>(cut.limit), 1};
   const Weights& weights = one[0];
   uint32_t* words = weights.words;
+  const KeyRange<Key> limit{static_cast<Key>(cut.limit), 1};
+  const bool all_ties = cut.ties == cut.equal[0];
   parallel_word_ranges(one, [&](std::span<const WordRange> ranges) {
-    for (const auto& [i, first, last] : ranges) {
-      Key largest = 0;
-      scan_words<Key>(
-          weights, first, last, limit, largest,
-          [&](int64_t number, Split split, const auto&) { words[number] &= ~split.below; });
+    for (const auto& [tensor, first, last] : ranges) {
+      scan_words<Key>(weights, first, last, limit, [&](int64_t number, Split split, const auto&) {
+        words[number] &= ~(all_ties ? split.below | split.inside : split.below);
+      });
     }
   });
+  if (all_ties) return;
   // Ties go by index, hence in one thread; the walk ends with the last tie that is taken.
   int64_t ties = cut.ties;
   for (int64_t first = 0; ties > 0; first += kGrainWords) {
-    Key largest = 0;
-    scan_words<Key>(weights, first, std::min(first + kGrainWords, mask_words(weights.numel)), limit,
-                    largest, [&](int64_t number, Split split, const auto&) {
-                      for (; split.inside != 0 && ties > 0; --ties) {
-                        const uint32_t lowest = split.inside & (0 - split.inside);
-                        words[number] &= ~lowest;
-                        split.inside ^= lowest;
-                      }
-                    });
+    const int64_t last = std::min(first + kGrainWords, mask_words(weights.numel));
+    scan_words<Key>(weights, first, last, limit, [&](int64_t number, Split split, const auto&) {
+      for (; split.inside != 0 && ties > 0; --ties) {
+        words[number] &= ~(split.inside & (0 - split.inside));  // the lowest bit
+        split.inside &= split.inside - 1;
+      }
+    });
   }
 }
 
