@@ -1,5 +1,5 @@
 // masked_sgd_, masked_adamw_ and apply_masks_ on the CPU: one pass over each weight and its state,
-// 32 weights (one mask word) at a time, words without an alive weight skipped (masked_rules.h).
+// a cache line at a time; lines without an alive weight are skipped (line_walk.h, masked_rules.h).
 //
 // Mask bits count logical indices. A tensor whose memory has another order (channels_last) is
 // walked along its memory, and its mask words are gathered into that order a few at a time, so
@@ -38,6 +38,23 @@ LC_RULE(ZeroRule<uint64_t>)
 template <template <typename> class Rule>
 using RuleOf = std::variant<Rule<float>, Rule<double>, Rule<BFloat16>, Rule<Half>>;
 
+// Words begin .. end of the mask in the memory order of its tensor, ored into words[end - begin +
+// 1].
+void gather_words(const MaskedTensor& tensor, int64_t begin, int64_t end, uint32_t* words) {
+  const int64_t base = begin * kWordBits;
+  const int64_t count = std::min(end * kWordBits, tensor.numel) - base;
+  tensor.walk.stretches(
+      base, count, [&](int64_t j, int64_t logical, int64_t length, int64_t stride) {
+        StridedBits(stride).run(tensor.words, mask_words(tensor.numel), logical, length,
+                                [&](uint32_t bits, int64_t taken) {
+                                  const uint64_t placed = uint64_t{bits} << (j % kWordBits);
+                                  words[j / kWordBits] |= static_cast<uint32_t>(placed);
+                                  words[j / kWordBits + 1] |= static_cast<uint32_t>(placed >> 32);
+                                  j += taken;
+                                });
+      });
+}
+
 template <typename Rule>
 void run_in_memory_order(const Rule& rule, const MaskedTensor& tensor, int64_t first,
                          int64_t last) {
@@ -48,13 +65,8 @@ void run_in_memory_order(const Rule& rule, const MaskedTensor& tensor, int64_t f
   constexpr int64_t kBatch = 64;
   for (int64_t begin = first; begin < last; begin += kBatch) {
     const int64_t end = std::min(begin + kBatch, last);
-    const int64_t base = begin * kWordBits;
-    std::array<uint32_t, kBatch> gathered{};
-    tensor.walk.run(
-        base, std::min(end * kWordBits, tensor.numel) - base, [&](int64_t j, int64_t logical) {
-          const uint32_t word = tensor.words[logical / kWordBits];
-          gathered[j / kWordBits] |= ((word >> (logical % kWordBits)) & 1) << (j % kWordBits);
-        });
+    std::array<uint32_t, kBatch + 1> gathered{};  // bits may spill into one word more
+    gather_words(tensor, begin, end, gathered.data());
     run(rule, gathered.data(), begin, end, tensor.numel);
   }
 }
