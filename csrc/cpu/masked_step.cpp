@@ -38,21 +38,26 @@ LC_RULE(ZeroRule<uint64_t>)
 template <template <typename> class Rule>
 using RuleOf = std::variant<Rule<float>, Rule<double>, Rule<BFloat16>, Rule<Half>>;
 
-// Words begin .. end of the mask in the memory order of its tensor, ored into words[end - begin +
-// 1].
+// Words begin .. end of the mask in the memory order of its tensor, into words[end - begin] zeros.
 void gather_words(const MaskedTensor& tensor, int64_t begin, int64_t end, uint32_t* words) {
   const int64_t base = begin * kWordBits;
   const int64_t count = std::min(end * kWordBits, tensor.numel) - base;
-  tensor.walk.stretches(
-      base, count, [&](int64_t j, int64_t logical, int64_t length, int64_t stride) {
-        StridedBits(stride).run(tensor.words, mask_words(tensor.numel), logical, length,
-                                [&](uint32_t bits, int64_t taken) {
-                                  const uint64_t placed = uint64_t{bits} << (j % kWordBits);
-                                  words[j / kWordBits] |= static_cast<uint32_t>(placed);
-                                  words[j / kWordBits + 1] |= static_cast<uint32_t>(placed >> 32);
-                                  j += taken;
-                                });
-      });
+  tensor.walk.stretches(base, count,
+                        [&](int64_t j, int64_t logical, int64_t length, int64_t stride) {
+                          uint32_t* word = words + j / kWordBits;
+                          int64_t filled = j % kWordBits;
+                          uint64_t pending = 0;
+                          StridedBits(stride).run(tensor.words, mask_words(tensor.numel), logical,
+                                                  length, [&](uint32_t bits, int64_t taken) {
+                                                    pending |= uint64_t{bits} << filled;
+                                                    filled += taken;
+                                                    if (filled < kWordBits) return;
+                                                    *word++ |= static_cast<uint32_t>(pending);
+                                                    pending >>= kWordBits;
+                                                    filled -= kWordBits;
+                                                  });
+                          if (filled > 0) *word |= static_cast<uint32_t>(pending);
+                        });
 }
 
 template <typename Rule>
@@ -65,7 +70,7 @@ void run_in_memory_order(const Rule& rule, const MaskedTensor& tensor, int64_t f
   constexpr int64_t kBatch = 64;
   for (int64_t begin = first; begin < last; begin += kBatch) {
     const int64_t end = std::min(begin + kBatch, last);
-    std::array<uint32_t, kBatch + 1> gathered{};  // bits may spill into one word more
+    std::array<uint32_t, kBatch> gathered{};
     gather_words(tensor, begin, end, gathered.data());
     run(rule, gathered.data(), begin, end, tensor.numel);
   }
