@@ -107,6 +107,7 @@ void masked_sgd_(Tensors params, Tensors grads, Tensors momentum_buffers, Tensor
     for (Tensor& buffer : momentum_buffers) torch::stable::zero_(buffer);
   }
   std::vector<RuleOf<SgdRule>> rules;
+  rules.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     visit_weight_type(views[i].dtype, [&]<typename Weight>(std::type_identity<Weight>) {
       using Real = Compute<Weight>;
@@ -137,6 +138,7 @@ void masked_adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_
   const std::optional<double> scale = read_grad_scale(kOp, grad_scale);
 
   std::vector<RuleOf<AdamWRule>> rules;
+  rules.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     const double step = read_scalar(kOp, "steps", steps[i]);
     check(step >= 1, kOp, ": steps[", i, "] must be at least 1 (got ", step, ")");

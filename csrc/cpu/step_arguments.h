@@ -11,12 +11,20 @@ namespace layer_collapse {
 
 using Tensors = std::vector<Tensor>;
 
+inline bool same_shape(const Tensor& left, const Tensor& right) {
+  const auto sizes = left.sizes();
+  const auto other = right.sizes();
+  return std::equal(sizes.begin(), sizes.end(), other.begin(), other.end());
+}
+
 // Whether element i of both lies at the same place in memory, for every i.
 inline bool same_layout(const Tensor& left, const Tensor& right) {
-  if (left.dim() != right.dim()) return false;
-  for (int64_t dim = 0; dim < left.dim(); ++dim) {
-    if (left.size(dim) != right.size(dim)) return false;
-    if (left.size(dim) > 1 && left.stride(dim) != right.stride(dim)) return false;
+  const auto sizes = left.sizes();
+  const auto strides = left.strides();
+  const auto other = right.strides();
+  if (!same_shape(left, right)) return false;
+  for (size_t dim = 0; dim < sizes.size(); ++dim) {
+    if (sizes[dim] > 1 && strides[dim] != other[dim]) return false;
   }
   return true;
 }
@@ -25,6 +33,7 @@ inline std::vector<MaskedTensor> view_params(const char* op, const Tensors& para
                                              const Tensors& masks) {
   check_length(op, "masks", masks.size(), params.size());
   std::vector<MaskedTensor> views;
+  views.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     views.push_back(view_in_memory_order(op, "params", i, params[i], masks[i]));
   }
@@ -47,10 +56,10 @@ inline void check_state(const char* op, const char* list, const Tensors& state,
 inline Tensors lay_out_grads(const char* op, const Tensors& grads, const Tensors& params) {
   check_length(op, "grads", grads.size(), params.size());
   Tensors result;
+  result.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
-    check(to_vector(grads[i].sizes()) == to_vector(params[i].sizes()) &&
-              grads[i].scalar_type() == params[i].scalar_type(),
-          op, ": grads[", i, "] must have the shape and dtype of its parameter (got ",
+    check(same_shape(grads[i], params[i]) && grads[i].scalar_type() == params[i].scalar_type(), op,
+          ": grads[", i, "] must have the shape and dtype of its parameter (got ",
           describe_shape(grads[i]), " ", torch::headeronly::toString(grads[i].scalar_type()),
           " for ", describe_shape(params[i]), " ",
           torch::headeronly::toString(params[i].scalar_type()), ")");
