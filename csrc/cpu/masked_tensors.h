@@ -7,8 +7,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <ostream>
 #include <span>
-#include <string>
 #include <vector>
 
 #include "checks.h"
@@ -31,13 +31,19 @@ struct MaskedTensor {
   StridedWalk walk;  // otherwise: what the op made of the strides
 };
 
-inline std::string describe_shape(const Tensor& tensor) {
-  std::string text = "[";
-  for (int64_t size : tensor.sizes()) {
-    text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+// A shape as messages show it, put into words only if the message is needed.
+struct ShapeOf {
+  const Tensor& tensor;
+
+  friend std::ostream& operator<<(std::ostream& out, const ShapeOf& shape) {
+    const char* separator = "[";
+    for (int64_t size : shape.tensor.sizes()) {
+      out << separator << size;
+      separator = ", ";
+    }
+    return out << (shape.tensor.dim() == 0 ? "[]" : "]");
   }
-  return text + "]";
-}
+};
 
 inline void check_length(const char* op, const char* list, size_t length, size_t expected) {
   check(length == expected, op, ": ", list, " must hold one tensor per weight tensor (got ", length,
@@ -58,7 +64,7 @@ inline uint32_t* check_mask(const char* op, size_t i, const Tensor& mask, const 
   const int64_t numel = tensor.numel();
   check(mask.dim() == 1 && mask.is_contiguous() && mask.numel() == mask_words(numel), op,
         ": masks[", i, "] must be contiguous of shape [", mask_words(numel), "] for ", numel,
-        " weights (got shape ", describe_shape(mask), ")");
+        " weights (got shape ", ShapeOf{mask}, ")");
   auto* words = static_cast<uint32_t*>(mask.data_ptr());
   check(!has_stray_bits(words, numel), op, ": masks[", i, "] must have no bit set beyond its ",
         numel, " weights (got stray bits in the last word)");
@@ -81,7 +87,7 @@ inline MaskedTensor view_in_memory_order(const char* op, const char* list, size_
   check(view.contiguous ||
             memory_walk(to_vector(tensor.sizes()), to_vector(tensor.strides()), view.walk),
         op, ": ", list, "[", i, "] must be dense, without gaps or overlaps (got shape ",
-        describe_shape(tensor), " in a strided view)");
+        ShapeOf{tensor}, " in a strided view)");
   return view;
 }
 

@@ -46,9 +46,8 @@ inline void check_state(const char* op, const char* list, const Tensors& state,
   for (size_t i = 0; i < params.size(); ++i) {
     check(state[i].scalar_type() == params[i].scalar_type() && same_layout(state[i], params[i]), op,
           ": ", list, "[", i, "] must have the shape, strides and dtype of its parameter (got ",
-          describe_shape(state[i]), " ", torch::headeronly::toString(state[i].scalar_type()),
-          " for ", describe_shape(params[i]), " ",
-          torch::headeronly::toString(params[i].scalar_type()), ")");
+          ShapeOf{state[i]}, " ", torch::headeronly::toString(state[i].scalar_type()), " for ",
+          ShapeOf{params[i]}, " ", torch::headeronly::toString(params[i].scalar_type()), ")");
   }
 }
 
@@ -60,9 +59,8 @@ inline Tensors lay_out_grads(const char* op, const Tensors& grads, const Tensors
   for (size_t i = 0; i < params.size(); ++i) {
     check(same_shape(grads[i], params[i]) && grads[i].scalar_type() == params[i].scalar_type(), op,
           ": grads[", i, "] must have the shape and dtype of its parameter (got ",
-          describe_shape(grads[i]), " ", torch::headeronly::toString(grads[i].scalar_type()),
-          " for ", describe_shape(params[i]), " ",
-          torch::headeronly::toString(params[i].scalar_type()), ")");
+          ShapeOf{grads[i]}, " ", torch::headeronly::toString(grads[i].scalar_type()), " for ",
+          ShapeOf{params[i]}, " ", torch::headeronly::toString(params[i].scalar_type()), ")");
     if (same_layout(grads[i], params[i])) {
       result.push_back(grads[i]);
     } else {
