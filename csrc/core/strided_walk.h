@@ -20,9 +20,14 @@ struct StridedWalk {
   std::vector<int64_t> sizes;    // outermost first
   std::vector<int64_t> strides;  // of the same dimensions, in elements of the other order
 
-  // visit(j, offset) for elements start + j, 0 <= j < count, in C order of `sizes`.
+  // visit(j, offset, length, stride) for elements start + j, 0 <= j < count, in C order of `sizes`,
+  // a stretch of the last dimension at a time: `length` elements from j on lie `stride` apart.
   template <typename Visit>
-  void run(int64_t start, int64_t count, const Visit& visit) const {
+  void stretches(int64_t start, int64_t count, const Visit& visit) const {
+    if (sizes.empty()) {
+      if (count > 0) visit(int64_t{0}, int64_t{0}, int64_t{1}, int64_t{1});
+      return;
+    }
     std::array<int64_t, kMaxDims> index;
     int64_t offset = 0;
     for (size_t dim = sizes.size(); dim-- > 0;) {
@@ -30,15 +35,28 @@ struct StridedWalk {
       start /= sizes[dim];
       offset += index[dim] * strides[dim];
     }
-    for (int64_t j = 0; j < count; ++j) {
-      visit(j, offset);
-      for (size_t dim = sizes.size(); dim-- > 0;) {  // odometer: the last dimension turns first
+    const size_t inner = sizes.size() - 1;
+    for (int64_t j = 0; j < count;) {
+      const int64_t length = std::min(sizes[inner] - index[inner], count - j);
+      visit(j, offset, length, strides[inner]);
+      j += length;
+      offset -= index[inner] * strides[inner];
+      index[inner] = 0;
+      for (size_t dim = inner; dim-- > 0;) {  // odometer over the outer dimensions
         offset += strides[dim];
         if (++index[dim] < sizes[dim]) break;
         offset -= sizes[dim] * strides[dim];
         index[dim] = 0;
       }
     }
+  }
+
+  // visit(j, offset) for each of these elements.
+  template <typename Visit>
+  void run(int64_t start, int64_t count, const Visit& visit) const {
+    stretches(start, count, [&](int64_t j, int64_t offset, int64_t length, int64_t stride) {
+      for (int64_t i = 0; i < length; ++i) visit(j + i, offset + i * stride);
+    });
   }
 };
 

@@ -2,7 +2,7 @@
 // in the order of a stable sort by (|w|, tensor, index), index in C order of the logical shape.
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/radix_select.h"
+#include "cpu/magnitude_cut.h"
 
 namespace layer_collapse {
 namespace {
@@ -18,6 +18,17 @@ Views view_weights(const char* op, const std::vector<Tensor>& weights,
   return views;
 }
 
+// Bits set in words[count].
+LC_CLONES int64_t count_bits(const uint32_t* words, int64_t count) {
+  int64_t bits = 0;
+  for (int64_t i = 0; i < count; ++i) bits += std::popcount(words[i]);
+  return bits;
+}
+
+int64_t alive_in(const Weights& weights) {
+  return weights.words ? count_bits(weights.words, mask_words(weights.numel)) : weights.numel;
+}
+
 Tensor magnitude_shares(std::vector<Tensor> weights, std::vector<Tensor> masks, int64_t k) {
   constexpr const char* kOp = "magnitude_shares";
   check(!weights.empty(), kOp, ": weights must hold at least one tensor (got none)");
@@ -30,33 +41,15 @@ Tensor magnitude_shares(std::vector<Tensor> weights, std::vector<Tensor> masks, 
                                            ScalarType::Long);
   if (k == 0) return shares;
 
-  const Cut cut = select_by_dtype(views, k);
+  const Cut cut =
+      with_keys(views, [&]<typename Key>(Key) { return select_smallest<Key>(views, alive, k); });
   check(cut.nan_tensor < 0, kOp, ": alive weights must not be NaN (got NaN in weights[",
         cut.nan_tensor, "])");
-  std::vector<std::atomic<int64_t>> below(views.size());
-  std::vector<std::atomic<int64_t>> equal(views.size());
-  const auto count = [&]<typename Key>(Key limit) {
-    parallel_ranges(views, [&](size_t i, int64_t first, int64_t last) {
-      int64_t smaller = 0;
-      int64_t same = 0;
-      visit_alive<Key>(views[i], first, last, [&](int64_t, int, Key key) {
-        smaller += key < limit;
-        same += key == limit;
-      });
-      below[i] += smaller;
-      equal[i] += same;
-    });
-  };
-  if (needs_wide_keys(views)) {
-    count(cut.limit);
-  } else {
-    count(static_cast<uint32_t>(cut.limit));
-  }
   int64_t ties = cut.ties;
   auto* result = shares.mutable_data_ptr<int64_t>();
   for (size_t i = 0; i < views.size(); ++i) {
-    const int64_t taken = std::min<int64_t>(ties, equal[i]);
-    result[i] = below[i] + taken;
+    const int64_t taken = std::min(ties, cut.equal[i]);
+    result[i] = cut.below[i] + taken;
     ties -= taken;
   }
   return shares;
@@ -64,22 +57,28 @@ Tensor magnitude_shares(std::vector<Tensor> weights, std::vector<Tensor> masks, 
 
 // Clears the bits of the cut in one tensor's mask.
 template <typename Key>
-void clear_below(const Weights& weights, const Cut& cut) {
-  const auto limit = static_cast<Key>(cut.limit);
+void clear_below(const Views& one, const Cut& cut) {
+  const Weights& weights = one[0];
   uint32_t* words = weights.words;
-  const Views views{weights};
-  parallel_ranges(views, [&](size_t, int64_t first, int64_t last) {
-    visit_alive<Key>(weights, first, last, [&](int64_t number, int bit, Key key) {
-      if (key < limit) words[number] &= ~(uint32_t{1} << bit);
-    });
+  const KeyRange<Key> limit{static_cast<Key>(cut.limit), 1};
+  const bool all_ties = cut.ties == cut.equal[0];
+  parallel_word_ranges(one, [&](std::span<const WordRange> ranges) {
+    for (const auto& [tensor, first, last] : ranges) {
+      scan_words<Key>(weights, first, last, limit, [&](int64_t number, Split split, const auto&) {
+        words[number] &= ~(all_ties ? split.below | split.inside : split.below);
+      });
+    }
   });
+  if (all_ties) return;
   // Ties go by index, hence in one thread; the walk ends with the last tie that is taken.
   int64_t ties = cut.ties;
-  for (int64_t number = 0; ties > 0; ++number) {
-    visit_alive<Key>(weights, number, number + 1, [&](int64_t, int bit, Key key) {
-      if (key != limit || ties == 0) return;
-      words[number] &= ~(uint32_t{1} << bit);
-      --ties;
+  for (int64_t first = 0; ties > 0; first += kGrainWords) {
+    const int64_t last = std::min(first + kGrainWords, mask_words(weights.numel));
+    scan_words<Key>(weights, first, last, limit, [&](int64_t number, Split split, const auto&) {
+      for (; split.inside != 0 && ties > 0; --ties) {
+        words[number] &= ~(split.inside & (0 - split.inside));  // the lowest bit
+        split.inside &= split.inside - 1;
+      }
     });
   }
 }
@@ -90,27 +89,26 @@ void magnitude_prune_(std::vector<Tensor> weights, std::vector<Tensor> masks,
   const Views views = view_weights(kOp, weights, masks);
   check(counts.size() == weights.size(), kOp, ": counts must hold one number per tensor (got ",
         counts.size(), " for ", weights.size(), ")");
+  std::vector<int64_t> alive;
   for (size_t i = 0; i < views.size(); ++i) {
-    const int64_t alive = alive_in(views[i]);
-    check(counts[i] >= 0 && counts[i] <= alive, kOp, ": counts[", i,
-          "] must lie between 0 and the ", alive, " alive weights (got ", counts[i], ")");
+    alive.push_back(alive_in(views[i]));
+    check(counts[i] >= 0 && counts[i] <= alive[i], kOp, ": counts[", i,
+          "] must lie between 0 and the ", alive[i], " alive weights (got ", counts[i], ")");
     check(counts[i] == 0 || views[i].words != nullptr, kOp, ": masks[", i,
           "] must have bits to clear (got an empty mask)");
   }
   std::vector<Cut> cuts(views.size());  // all of them before any mask changes
   for (size_t i = 0; i < views.size(); ++i) {
     if (counts[i] == 0) continue;
-    cuts[i] = select_by_dtype({views[i]}, counts[i]);
+    cuts[i] = with_keys({views[i]}, [&]<typename Key>(Key) {
+      return select_smallest<Key>({views[i]}, alive[i], counts[i]);
+    });
     check(cuts[i].nan_tensor < 0, kOp, ": alive weights must not be NaN (got NaN in weights[", i,
           "])");
   }
   for (size_t i = 0; i < views.size(); ++i) {
     if (counts[i] == 0) continue;
-    if (needs_wide_keys({views[i]})) {
-      clear_below<uint64_t>(views[i], cuts[i]);
-    } else {
-      clear_below<uint32_t>(views[i], cuts[i]);
-    }
+    with_keys({views[i]}, [&]<typename Key>(Key) { clear_below<Key>({views[i]}, cuts[i]); });
   }
 }
 

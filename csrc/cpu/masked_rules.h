@@ -1,12 +1,14 @@
-// What a masked step does to the weights of one mask word. A rule has
-//   block(base, count, word)  weights base .. base + count; bit j of word: weight base + j is alive
-//   prune(base, count)        the same for a word without any alive weight
-//   kDense                    whether a fully alive word needs block() at all
+// What a masked step does to one cache line of weights. A rule has
+//   Weight                    what the tensor holds
+//   kIdle                     mask bits of a weight that asks for no work: a line of only such
+//                             weights is skipped, its memory untouched
+//   prefetch(base)            asks for the line that begins at weight `base`
+//   block(base, count, bits)  does the work; bit j of bits: weight base + j is alive
 //
 // Invariant of Masks (layer_collapse/prune/masks.py), set up by apply_masks_: pruned weights and
-// their optimiser state are already zero when a step begins. prune() of the optimiser rules
-// therefore touches no memory, which is what makes a step cheap at high sparsity; block() writes
-// the zeros of a mixed word anyway, so a NaN gradient of a pruned weight never spreads.
+// their optimiser state are already zero when a step begins, so optimiser rules skip what is
+// pruned; that makes a step cheap at high sparsity. block() writes the zeros of a mixed line
+// anyway, so a NaN gradient of a pruned weight never spreads.
 #pragma once
 
 #include <algorithm>
@@ -18,67 +20,104 @@
 namespace layer_collapse {
 
 // 1 or 0. An integer: GCC does not vectorise loops that turn a shifted word into a bool.
-LC_INLINE uint32_t is_alive(uint32_t word, int j) { return (word >> j) & 1; }
+LC_INLINE uint32_t is_alive(uint32_t bits, int j) { return (bits >> j) & 1; }
+
+template <typename Real>
+using BitsOf = std::conditional_t<sizeof(Real) == 8, uint64_t, uint32_t>;
 
 // value of an alive weight, +0.0 of a pruned one, by masking the bits.
 template <typename Real>
 LC_INLINE Real keep_alive(Real value, uint32_t alive) {
-  using Bits = std::conditional_t<sizeof(Real) == 8, uint64_t, uint32_t>;
+  using Bits = BitsOf<Real>;
   return std::bit_cast<Real>(std::bit_cast<Bits>(value) & (Bits{0} - Bits{alive}));
 }
 
+// A yes or no that holds for a whole step. As bits: a loop without branches is compiled once, not
+// once per combination of them.
+template <typename Real>
+struct Choice {
+  BitsOf<Real> mask;  // all ones or 0
+
+  explicit Choice(bool yes) : mask(yes ? ~BitsOf<Real>{0} : BitsOf<Real>{0}) {}
+
+  LC_INLINE Real pick(Real if_yes, Real if_no) const {
+    using Bits = BitsOf<Real>;
+    return std::bit_cast<Real>((std::bit_cast<Bits>(if_yes) & mask) |
+                               (std::bit_cast<Bits>(if_no) & ~mask));
+  }
+};
+
+LC_INLINE void prefetch_line(const void* address) { __builtin_prefetch(address); }
+
+// What a step takes for the gradient: divided by grad_scale, turned around to maximize.
+template <typename Real>
+struct Gradient {
+  Real sign;     // 1 or -1
+  Real divisor;  // grad_scale
+  bool scaled;   // whether there is one: a division less per weight
+
+  template <bool kScaled>
+  LC_INLINE Real at(Real grad) const {
+    return sign * (kScaled ? grad / divisor : grad);
+  }
+};
+
 // torch.optim.SGD (torch/optim/sgd.py, _single_tensor_sgd).
-template <typename Weight>
+template <typename WeightType>
 struct SgdRule {
+  using Weight = WeightType;
   using Real = Compute<Weight>;
-  static constexpr bool kDense = true;
+  static constexpr uint32_t kIdle = 0;
 
   Weight* param;                          // [numel]
   const Weight* grad;                     // [numel]
   Weight* buffer;                         // [numel], nullptr without momentum
   Real lr, momentum, gain, weight_decay;  // gain = 1 - dampening
-  Real divisor;                           // of the gradients: grad_scale or 1, negative to maximize
-  bool decays, nesterov, first_step;
+  Gradient<Real> slope_of;
+  Choice<Real> decays, nesterov, first_step;
 
-  LC_INLINE void block(int64_t base, int64_t count, uint32_t word) const {
-    buffer ? loop<true>(base, count, word) : loop<false>(base, count, word);
+  LC_INLINE void prefetch(int64_t base) const {
+    prefetch_line(param + base);
+    prefetch_line(grad + base);
+    if (buffer) prefetch_line(buffer + base);
   }
 
-  // Choices are written as selects between computed values, which vectorise; branches do not.
-  template <bool kMomentum>
-  LC_INLINE void loop(int64_t base, int64_t count, uint32_t word) const {
+  LC_INLINE void block(int64_t base, int64_t count, uint32_t bits) const {
+    if (slope_of.scaled)
+      return buffer ? loop<true, true>(base, count, bits) : loop<false, true>(base, count, bits);
+    buffer ? loop<true, false>(base, count, bits) : loop<false, false>(base, count, bits);
+  }
+
+  template <bool kMomentum, bool kScaled>
+  LC_INLINE void loop(int64_t base, int64_t count, uint32_t bits) const {
     Weight* __restrict__ params = param + base;
     Weight* __restrict__ buffers = buffer + (kMomentum ? base : 0);
     const Weight* __restrict__ grads = grad + base;
 #pragma GCC ivdep  // the tensors never overlap
     for (int j = 0; j < static_cast<int>(count); ++j) {
-      const uint32_t alive = is_alive(word, j);
+      const uint32_t alive = is_alive(bits, j);
       const Real weight = params[j];
-      Real slope = static_cast<Real>(grads[j]) / divisor;
+      Real slope = slope_of.template at<kScaled>(grads[j]);
       const Real decayed = slope + weight_decay * weight;
-      slope = decays ? decayed : slope;
+      slope = decays.pick(decayed, slope);
       if constexpr (kMomentum) {
         const Real later = static_cast<Real>(buffers[j]) * momentum + gain * slope;
-        const Real velocity = first_step ? slope : later;
+        const Real velocity = first_step.pick(slope, later);
         const Real ahead = slope + momentum * velocity;
         buffers[j] = keep_alive<Real>(velocity, alive);
-        slope = nesterov ? ahead : velocity;
+        slope = nesterov.pick(ahead, velocity);
       }
       params[j] = keep_alive<Real>(weight - lr * slope, alive);
     }
   }
-
-  // On the first step the buffer's memory is not yet known to be zero.
-  LC_INLINE void prune(int64_t base, int64_t count) const {
-    if (buffer && first_step) std::fill_n(buffer + base, count, Weight(0.0F));
-  }
 };
 
 // torch.optim.AdamW (torch/optim/adam.py, _single_tensor_adam with decoupled weight decay).
-template <typename Weight>
+template <typename WeightType>
 struct AdamWRule {
+  using Weight = WeightType;
   using Real = Compute<Weight>;
-  static constexpr bool kDense = true;
+  static constexpr uint32_t kIdle = 0;
 
   Weight* param;                      // [numel]
   const Weight* grad;                 // [numel]
@@ -89,14 +128,25 @@ struct AdamWRule {
   Real root_correction;               // sqrt(1 - beta2^t)
   Real decay;                         // 1 - lr * weight_decay, exactly 1 without decay
   Real mix, beta2, square_gain, eps;  // mix = 1 - beta1, square_gain = 1 - beta2
-  Real divisor;                       // of the gradients: grad_scale or 1, negative to maximize
+  Choice<Real> near_before;           // mix < 0.5
+  Gradient<Real> slope_of;
 
-  LC_INLINE void block(int64_t base, int64_t count, uint32_t word) const {
-    maximum ? loop<true>(base, count, word) : loop<false>(base, count, word);
+  LC_INLINE void prefetch(int64_t base) const {
+    prefetch_line(param + base);
+    prefetch_line(grad + base);
+    prefetch_line(average + base);
+    prefetch_line(square + base);
+    if (maximum) prefetch_line(maximum + base);
   }
 
-  template <bool kAmsgrad>
-  LC_INLINE void loop(int64_t base, int64_t count, uint32_t word) const {
+  LC_INLINE void block(int64_t base, int64_t count, uint32_t bits) const {
+    if (slope_of.scaled)
+      return maximum ? loop<true, true>(base, count, bits) : loop<false, true>(base, count, bits);
+    maximum ? loop<true, false>(base, count, bits) : loop<false, false>(base, count, bits);
+  }
+
+  template <bool kAmsgrad, bool kScaled>
+  LC_INLINE void loop(int64_t base, int64_t count, uint32_t bits) const {
     Weight* __restrict__ params = param + base;
     Weight* __restrict__ averages = average + base;
     Weight* __restrict__ squares = square + base;
@@ -104,15 +154,15 @@ struct AdamWRule {
     const Weight* __restrict__ grads = grad + base;
 #pragma GCC ivdep  // the tensors never overlap
     for (int j = 0; j < static_cast<int>(count); ++j) {
-      const uint32_t alive = is_alive(word, j);
+      const uint32_t alive = is_alive(bits, j);
       const Real weight = static_cast<Real>(params[j]) * decay;
-      const Real slope = static_cast<Real>(grads[j]) / divisor;
+      const Real slope = slope_of.template at<kScaled>(grads[j]);
       // torch.lerp, which starts from the nearer end.
       const Real before = averages[j];
       const Real gap = slope - before;
       const Real from_before = before + mix * gap;
       const Real from_slope = slope - gap * (Real{1} - mix);
-      const Real mean = mix < Real{0.5} ? from_before : from_slope;
+      const Real mean = near_before.pick(from_before, from_slope);
       Real spread = static_cast<Real>(squares[j]) * beta2 + square_gain * slope * slope;
       averages[j] = keep_alive<Real>(mean, alive);
       squares[j] = keep_alive<Real>(spread, alive);
@@ -125,26 +175,23 @@ struct AdamWRule {
       params[j] = keep_alive<Real>(weight - step_size * mean / denominator, alive);
     }
   }
-
-  LC_INLINE void prune(int64_t, int64_t) const {}
 };
 
 // Zeroes what is pruned, whatever stood there. Bits: the unsigned integer of the weight's width,
 // as a floating-point zero is all zero bits.
 template <typename Bits>
 struct ZeroRule {
-  static constexpr bool kDense = false;
+  using Weight = Bits;
+  static constexpr uint32_t kIdle = ~uint32_t{0};
 
   Bits* data;  // [numel]
 
-  LC_INLINE void block(int64_t base, int64_t count, uint32_t word) const {
-    for (int j = 0; j < static_cast<int>(count); ++j) {
-      if (!is_alive(word, j)) data[base + j] = 0;
-    }
-  }
+  LC_INLINE void prefetch(int64_t base) const { prefetch_line(data + base); }
 
-  LC_INLINE void prune(int64_t base, int64_t count) const {
-    std::fill_n(data + base, count, Bits{0});
+  LC_INLINE void block(int64_t base, int64_t count, uint32_t bits) const {
+    for (int j = 0; j < static_cast<int>(count); ++j) {
+      data[base + j] *= static_cast<Bits>(is_alive(bits, j));
+    }
   }
 };
 

@@ -1,5 +1,5 @@
 // masked_sgd_, masked_adamw_ and apply_masks_ on the CPU: one pass over each weight and its state,
-// 32 weights (one mask word) at a time, words without an alive weight skipped (masked_rules.h).
+// a cache line at a time; lines without an alive weight are skipped (line_walk.h, masked_rules.h).
 //
 // Mask bits count logical indices. A tensor whose memory has another order (channels_last) is
 // walked along its memory, and its mask words are gathered into that order a few at a time, so
@@ -10,38 +10,17 @@
 #include <optional>
 #include <variant>
 
+#include "cpu/line_walk.h"
 #include "cpu/masked_rules.h"
 #include "cpu/step_arguments.h"
 
 namespace layer_collapse {
 namespace {
 
-// Words first .. last of a tensor of `numel` weights; words[0] is word number `first`, nullptr
-// means that all weights are alive. The rule comes by value: a local copy cannot alias the weights,
-// so its numbers stay in registers.
-template <typename Rule>
-LC_INLINE void walk_words(Rule rule, const uint32_t* words, int64_t first, int64_t last,
-                          int64_t numel) {
-  for (int64_t number = first; number < last; ++number) {
-    const int64_t base = number * kWordBits;
-    const int64_t count = weights_in_word(number, numel);
-    const uint32_t word = words ? words[number - first] : full_word(count);
-    if (word == 0) {
-      rule.prune(base, count);
-    } else if (!Rule::kDense && word == full_word(kWordBits)) {
-      continue;
-    } else if (count == kWordBits) {
-      rule.block(base, kWordBits, word);  // a trip count that the compiler knows
-    } else {
-      rule.block(base, count, word);
-    }
-  }
-}
-
 #define LC_RULE(Rule)                                                                      \
   LC_CLONES void run(const Rule& rule, const uint32_t* words, int64_t first, int64_t last, \
                      int64_t numel) {                                                      \
-    walk_words(rule, words, first, last, numel);                                           \
+    walk_lines(rule, words, first, last, numel);                                           \
   }
 LC_RULE(SgdRule<float>)
 LC_RULE(SgdRule<double>)
@@ -59,6 +38,28 @@ LC_RULE(ZeroRule<uint64_t>)
 template <template <typename> class Rule>
 using RuleOf = std::variant<Rule<float>, Rule<double>, Rule<BFloat16>, Rule<Half>>;
 
+// Words begin .. end of the mask in the memory order of its tensor, into words[end - begin] zeros.
+void gather_words(const MaskedTensor& tensor, int64_t begin, int64_t end, uint32_t* words) {
+  const int64_t base = begin * kWordBits;
+  const int64_t count = std::min(end * kWordBits, tensor.numel) - base;
+  tensor.walk.stretches(base, count,
+                        [&](int64_t j, int64_t logical, int64_t length, int64_t stride) {
+                          uint32_t* word = words + j / kWordBits;
+                          int64_t filled = j % kWordBits;
+                          uint64_t pending = 0;
+                          StridedBits(stride).run(tensor.words, mask_words(tensor.numel), logical,
+                                                  length, [&](uint32_t bits, int64_t taken) {
+                                                    pending |= uint64_t{bits} << filled;
+                                                    filled += taken;
+                                                    if (filled < kWordBits) return;
+                                                    *word++ |= static_cast<uint32_t>(pending);
+                                                    pending >>= kWordBits;
+                                                    filled -= kWordBits;
+                                                  });
+                          if (filled > 0) *word |= static_cast<uint32_t>(pending);
+                        });
+}
+
 template <typename Rule>
 void run_in_memory_order(const Rule& rule, const MaskedTensor& tensor, int64_t first,
                          int64_t last) {
@@ -69,22 +70,19 @@ void run_in_memory_order(const Rule& rule, const MaskedTensor& tensor, int64_t f
   constexpr int64_t kBatch = 64;
   for (int64_t begin = first; begin < last; begin += kBatch) {
     const int64_t end = std::min(begin + kBatch, last);
-    const int64_t base = begin * kWordBits;
     std::array<uint32_t, kBatch> gathered{};
-    tensor.walk.run(
-        base, std::min(end * kWordBits, tensor.numel) - base, [&](int64_t j, int64_t logical) {
-          const uint32_t word = tensor.words[logical / kWordBits];
-          gathered[j / kWordBits] |= ((word >> (logical % kWordBits)) & 1) << (j % kWordBits);
-        });
+    gather_words(tensor, begin, end, gathered.data());
     run(rule, gathered.data(), begin, end, tensor.numel);
   }
 }
 
 template <typename Rules>
 void run_all(const std::vector<MaskedTensor>& tensors, const Rules& rules) {
-  parallel_word_ranges(tensors, [&](size_t i, int64_t first, int64_t last) {
-    std::visit([&](const auto& rule) { run_in_memory_order(rule, tensors[i], first, last); },
-               rules[i]);
+  parallel_word_ranges(tensors, [&](std::span<const WordRange> ranges) {
+    for (const auto& [i, first, last] : ranges) {
+      std::visit([&](const auto& rule) { run_in_memory_order(rule, tensors[i], first, last); },
+                 rules[i]);
+    }
   });
 }
 
@@ -101,10 +99,15 @@ void masked_sgd_(Tensors params, Tensors grads, Tensors momentum_buffers, Tensor
     check(momentum_buffers.empty(), kOp, ": momentum_buffers must be empty without momentum (got ",
           momentum_buffers.size(), ")");
   }
-  const double scale = grad_scale ? read_scalar(kOp, "grad_scale", *grad_scale) : 1.0;
+  const std::optional<double> scale = read_grad_scale(kOp, grad_scale);
   if (found_inf && read_scalar(kOp, "found_inf", *found_inf) != 0) return;
 
+  // Skipped lines must hold zeros; before the first step the buffers' memory may hold anything.
+  if (first_step) {
+    for (Tensor& buffer : momentum_buffers) torch::stable::zero_(buffer);
+  }
   std::vector<RuleOf<SgdRule>> rules;
+  rules.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     visit_weight_type(views[i].dtype, [&]<typename Weight>(std::type_identity<Weight>) {
       using Real = Compute<Weight>;
@@ -113,8 +116,8 @@ void masked_sgd_(Tensors params, Tensors grads, Tensors momentum_buffers, Tensor
           static_cast<const Weight*>(slopes[i].const_data_ptr()),
           momentum != 0 ? static_cast<Weight*>(momentum_buffers[i].mutable_data_ptr()) : nullptr,
           static_cast<Real>(lr), static_cast<Real>(momentum), static_cast<Real>(1 - dampening),
-          static_cast<Real>(weight_decay), static_cast<Real>(maximize ? -scale : scale),
-          weight_decay != 0, nesterov, first_step});
+          static_cast<Real>(weight_decay), make_gradient<Real>(scale, maximize),
+          Choice<Real>(weight_decay != 0), Choice<Real>(nesterov), Choice<Real>(first_step)});
     });
   }
   run_all(views, rules);
@@ -132,9 +135,10 @@ void masked_adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_
   check_state(kOp, "exp_avg_sqs", exp_avg_sqs, params);
   if (amsgrad) check_state(kOp, "max_exp_avg_sqs", max_exp_avg_sqs, params);
   check_length(kOp, "steps", steps.size(), params.size());
-  const double scale = grad_scale ? read_scalar(kOp, "grad_scale", *grad_scale) : 1.0;
+  const std::optional<double> scale = read_grad_scale(kOp, grad_scale);
 
   std::vector<RuleOf<AdamWRule>> rules;
+  rules.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     const double step = read_scalar(kOp, "steps", steps[i]);
     check(step >= 1, kOp, ": steps[", i, "] must be at least 1 (got ", step, ")");
@@ -150,7 +154,8 @@ void masked_adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_
           static_cast<Real>(std::sqrt(1 - std::pow(beta2, step))),
           static_cast<Real>(1 - lr * weight_decay), static_cast<Real>(1 - beta1),
           static_cast<Real>(beta2), static_cast<Real>(1 - beta2), static_cast<Real>(eps),
-          static_cast<Real>(maximize ? -scale : scale)});
+          Choice<Real>(static_cast<Real>(1 - beta1) < Real{0.5}),
+          make_gradient<Real>(scale, maximize)});
     });
   }
   if (found_inf && read_scalar(kOp, "found_inf", *found_inf) != 0) return;

@@ -7,7 +7,8 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <string>
+#include <ostream>
+#include <span>
 #include <vector>
 
 #include "checks.h"
@@ -30,13 +31,19 @@ struct MaskedTensor {
   StridedWalk walk;  // otherwise: what the op made of the strides
 };
 
-inline std::string describe_shape(const Tensor& tensor) {
-  std::string text = "[";
-  for (int64_t size : tensor.sizes()) {
-    text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+// A shape as messages show it, put into words only if the message is needed.
+struct ShapeOf {
+  const Tensor& tensor;
+
+  friend std::ostream& operator<<(std::ostream& out, const ShapeOf& shape) {
+    const char* separator = "[";
+    for (int64_t size : shape.tensor.sizes()) {
+      out << separator << size;
+      separator = ", ";
+    }
+    return out << (shape.tensor.dim() == 0 ? "[]" : "]");
   }
-  return text + "]";
-}
+};
 
 inline void check_length(const char* op, const char* list, size_t length, size_t expected) {
   check(length == expected, op, ": ", list, " must hold one tensor per weight tensor (got ", length,
@@ -57,7 +64,7 @@ inline uint32_t* check_mask(const char* op, size_t i, const Tensor& mask, const 
   const int64_t numel = tensor.numel();
   check(mask.dim() == 1 && mask.is_contiguous() && mask.numel() == mask_words(numel), op,
         ": masks[", i, "] must be contiguous of shape [", mask_words(numel), "] for ", numel,
-        " weights (got shape ", describe_shape(mask), ")");
+        " weights (got shape ", ShapeOf{mask}, ")");
   auto* words = static_cast<uint32_t*>(mask.data_ptr());
   check(!has_stray_bits(words, numel), op, ": masks[", i, "] must have no bit set beyond its ",
         numel, " weights (got stray bits in the last word)");
@@ -80,7 +87,7 @@ inline MaskedTensor view_in_memory_order(const char* op, const char* list, size_
   check(view.contiguous ||
             memory_walk(to_vector(tensor.sizes()), to_vector(tensor.strides()), view.walk),
         op, ": ", list, "[", i, "] must be dense, without gaps or overlaps (got shape ",
-        describe_shape(tensor), " in a strided view)");
+        ShapeOf{tensor}, " in a strided view)");
   return view;
 }
 
@@ -95,22 +102,29 @@ inline MaskedTensor view_in_mask_order(const char* op, const char* list, size_t 
           {to_vector(tensor.sizes()), to_vector(tensor.strides())}};
 }
 
-// body(tensor, first_word, last_word) for ranges that cover every word of every tensor once, spread
+// Words first .. last of a tensor of a list.
+struct WordRange {
+  int64_t tensor, first, last;
+};
+
+// body(ranges) once per thread; together the ranges cover every word of every tensor once, spread
 // over the threads as if all tensors were one. The cuts depend on the number of threads, so a body
-// must give the same result however its range is cut.
-template <typename Body>
-void parallel_word_ranges(const std::vector<MaskedTensor>& tensors, const Body& body) {
+// must give the same result however its words are cut.
+template <typename Tensors, typename Body>
+void parallel_word_ranges(const Tensors& tensors, const Body& body) {
   std::vector<int64_t> first{0};  // [tensors + 1]: where each tensor's words begin
   for (const MaskedTensor& tensor : tensors) {
     first.push_back(first.back() + mask_words(tensor.numel));
   }
   torch::stable::parallel_for(0, first.back(), kGrainWords, [&](int64_t begin, int64_t end) {
-    size_t i = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
+    std::vector<WordRange> ranges;
+    int64_t i = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
     for (; begin < end; ++i) {
       const int64_t stop = std::min(end, first[i + 1]);
-      if (begin < stop) body(i, begin - first[i], stop - first[i]);
+      if (begin < stop) ranges.push_back({i, begin - first[i], stop - first[i]});
       begin = stop;
     }
+    body(std::span<const WordRange>(ranges));
   });
 }
 

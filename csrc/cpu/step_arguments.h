@@ -1,20 +1,30 @@
 // What a masked step asks of its arguments, checked before anything is written.
 #pragma once
 
+#include <optional>
 #include <vector>
 
+#include "cpu/masked_rules.h"
 #include "cpu/masked_tensors.h"
 
 namespace layer_collapse {
 
 using Tensors = std::vector<Tensor>;
 
+inline bool same_shape(const Tensor& left, const Tensor& right) {
+  const auto sizes = left.sizes();
+  const auto other = right.sizes();
+  return std::equal(sizes.begin(), sizes.end(), other.begin(), other.end());
+}
+
 // Whether element i of both lies at the same place in memory, for every i.
 inline bool same_layout(const Tensor& left, const Tensor& right) {
-  if (left.dim() != right.dim()) return false;
-  for (int64_t dim = 0; dim < left.dim(); ++dim) {
-    if (left.size(dim) != right.size(dim)) return false;
-    if (left.size(dim) > 1 && left.stride(dim) != right.stride(dim)) return false;
+  const auto sizes = left.sizes();
+  const auto strides = left.strides();
+  const auto other = right.strides();
+  if (!same_shape(left, right)) return false;
+  for (size_t dim = 0; dim < sizes.size(); ++dim) {
+    if (sizes[dim] > 1 && strides[dim] != other[dim]) return false;
   }
   return true;
 }
@@ -23,6 +33,7 @@ inline std::vector<MaskedTensor> view_params(const char* op, const Tensors& para
                                              const Tensors& masks) {
   check_length(op, "masks", masks.size(), params.size());
   std::vector<MaskedTensor> views;
+  views.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     views.push_back(view_in_memory_order(op, "params", i, params[i], masks[i]));
   }
@@ -35,9 +46,8 @@ inline void check_state(const char* op, const char* list, const Tensors& state,
   for (size_t i = 0; i < params.size(); ++i) {
     check(state[i].scalar_type() == params[i].scalar_type() && same_layout(state[i], params[i]), op,
           ": ", list, "[", i, "] must have the shape, strides and dtype of its parameter (got ",
-          describe_shape(state[i]), " ", torch::headeronly::toString(state[i].scalar_type()),
-          " for ", describe_shape(params[i]), " ",
-          torch::headeronly::toString(params[i].scalar_type()), ")");
+          ShapeOf{state[i]}, " ", torch::headeronly::toString(state[i].scalar_type()), " for ",
+          ShapeOf{params[i]}, " ", torch::headeronly::toString(params[i].scalar_type()), ")");
   }
 }
 
@@ -45,13 +55,12 @@ inline void check_state(const char* op, const char* list, const Tensors& state,
 inline Tensors lay_out_grads(const char* op, const Tensors& grads, const Tensors& params) {
   check_length(op, "grads", grads.size(), params.size());
   Tensors result;
+  result.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
-    check(to_vector(grads[i].sizes()) == to_vector(params[i].sizes()) &&
-              grads[i].scalar_type() == params[i].scalar_type(),
-          op, ": grads[", i, "] must have the shape and dtype of its parameter (got ",
-          describe_shape(grads[i]), " ", torch::headeronly::toString(grads[i].scalar_type()),
-          " for ", describe_shape(params[i]), " ",
-          torch::headeronly::toString(params[i].scalar_type()), ")");
+    check(same_shape(grads[i], params[i]) && grads[i].scalar_type() == params[i].scalar_type(), op,
+          ": grads[", i, "] must have the shape and dtype of its parameter (got ",
+          ShapeOf{grads[i]}, " ", torch::headeronly::toString(grads[i].scalar_type()), " for ",
+          ShapeOf{params[i]}, " ", torch::headeronly::toString(params[i].scalar_type()), ")");
     if (same_layout(grads[i], params[i])) {
       result.push_back(grads[i]);
     } else {
@@ -70,6 +79,17 @@ inline double read_scalar(const char* op, const char* name, const Tensor& value)
   if (value.scalar_type() == ScalarType::Double) return *value.const_data_ptr<double>();
   refuse(op, ": ", name, " must be float32 or float64 (got ",
          torch::headeronly::toString(value.scalar_type()), ")");
+}
+
+inline std::optional<double> read_grad_scale(const char* op, const std::optional<Tensor>& value) {
+  if (!value) return std::nullopt;
+  return read_scalar(op, "grad_scale", *value);
+}
+
+template <typename Real>
+Gradient<Real> make_gradient(std::optional<double> grad_scale, bool maximize) {
+  return {static_cast<Real>(maximize ? -1 : 1), static_cast<Real>(grad_scale.value_or(1)),
+          grad_scale.has_value()};
 }
 
 }  // namespace layer_collapse

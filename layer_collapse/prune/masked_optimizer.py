@@ -15,10 +15,9 @@ from layer_collapse.prune.masks import Masks
 
 __all__ = ["MaskedOptimizer", "refuse_below"]
 
-# What a parameter looked like when its pruned weights and state were last known to be zero: version
-# counter and address of the weights. Masks zeroes weights whenever its bits change, and that moves
-# the counter as well.
-_Stamp = tuple[int, int]
+# What a parameter looked like when its pruned weights and state were last known to be zero and laid
+# out alike: version of the masks, version counter and address of the weights.
+_Stamp = tuple[int, int, int]
 
 
 def refuse_below(optimizer: str, low: float, **values: Any) -> None:
@@ -43,7 +42,7 @@ class MaskedOptimizer(Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], masks: Masks) -> None:
         self._masks = masks
-        self._stamps: dict[Tensor, _Stamp] = {}
+        self._settled: dict[Tensor, tuple[_Stamp, Tensor]] = {}  # with the parameter's mask
         super().__init__(params, defaults)
         if all(masks.for_parameter(p) is None for g in self.param_groups for p in g["params"]):
             raise ValueError(
@@ -88,16 +87,16 @@ class MaskedOptimizer(Optimizer):
                     )
                 ready.setdefault(parameter.device, []).append(parameter)
             for device, parameters in ready.items():
-                self._settle(parameters)
+                masks = self._settle(parameters)
                 self._step_group(
                     group,
                     parameters,
-                    [self._words(parameter) for parameter in parameters],
+                    masks,
                     None if scale is None else scale.to(device),
                     None if found_inf is None else found_inf.to(device),
                 )
-                for parameter in parameters:
-                    self._stamps[parameter] = self._stamp(parameter)
+                for parameter, words in zip(parameters, masks, strict=True):
+                    self._settled[parameter] = self._stamp(parameter), words
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -139,11 +138,11 @@ class MaskedOptimizer(Optimizer):
                 words[name] = state["mask"]
         super().load_state_dict(saved)
         self._masks.load_words(words)
-        self._stamps.clear()
+        self._settled.clear()
         self._settle(self._all_parameters())
 
     def __getstate__(self) -> dict[str, Any]:  # deepcopy and pickle
-        return {**super().__getstate__(), "_masks": self._masks, "_stamps": {}}
+        return {**super().__getstate__(), "_masks": self._masks, "_settled": {}}
 
     def _initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state before the first step as far as it has any, for a checkpoint taken then."""
@@ -171,24 +170,33 @@ class MaskedOptimizer(Optimizer):
         return words
 
     def _stamp(self, parameter: Tensor) -> _Stamp:
-        return parameter._version, parameter.data_ptr()
+        return self._masks.version, parameter._version, parameter.data_ptr()
 
-    def _settle(self, parameters: list[Tensor]) -> None:
-        """Zeroes pruned weights and state that may not be zero, and lays state out as weights."""
-        tensors, masks = [], []
+    def _settle(self, parameters: list[Tensor]) -> list[Tensor]:
+        """Zeroes pruned weights and state that may not be zero, and lays state out as weights.
+
+        Returns:
+            The parameters' masks.
+        """
+        masks, stale, stale_masks = [], [], []
         for parameter in parameters:
-            state = self.state.get(parameter, {})
-            for key, value in state.items():
-                # A model that went to channels_last, or a checkpoint of one that did not.
-                if _is_elementwise(key, value, parameter) and value.stride() != parameter.stride():
-                    state[key] = torch.empty_like(parameter).copy_(value)
-            words = self._masks.for_parameter(parameter)
-            if words is None or self._stamps.get(parameter) == self._stamp(parameter):
-                continue
-            owned = [v for key, v in state.items() if _is_elementwise(key, v, parameter)]
-            tensors += [parameter, *owned]
-            masks += [words] * (1 + len(owned))
-        apply_masks_(tensors, masks)
+            stamp, words = self._settled.get(parameter, (None, None))
+            if words is None or stamp != self._stamp(parameter):
+                words = self._words(parameter)
+                state = self.state.get(parameter, {})
+                for key, value in state.items():
+                    if not _is_elementwise(key, value, parameter):
+                        continue
+                    # A model that went to channels_last, or a checkpoint of one that did not.
+                    if value.stride() != parameter.stride():
+                        state[key] = torch.empty_like(parameter).copy_(value)
+                if words.numel() > 0:
+                    owned = [v for key, v in state.items() if _is_elementwise(key, v, parameter)]
+                    stale += [parameter, *owned]
+                    stale_masks += [words] * (1 + len(owned))
+            masks.append(words)
+        apply_masks_(stale, stale_masks)
+        return masks
 
 
 def _is_elementwise(key: str, value: object, parameter: Tensor) -> bool:

@@ -170,27 +170,29 @@ class MaskedAdamW(MaskedOptimizer):
                 self.state[parameter].update(self._initial_state(parameter))
         states = [self.state[parameter] for parameter in parameters]
         steps = [state["step"] for state in states]
-        this_step = torch._foreach_add(steps, 1)
-        masked_adamw_(
-            parameters,
-            [_grad(p) for p in parameters],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
-            masks,
-            this_step,
-            lr=float(group["lr"]),
-            beta1=float(group["betas"][0]),
-            beta2=float(group["betas"][1]),
-            eps=float(group["eps"]),
-            weight_decay=float(group["weight_decay"]),
-            maximize=group["maximize"],
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-        )
-        # Counted only once the op has accepted its input, and not if GradScaler skips the step.
         torch._foreach_add_(steps, 1)
-        if found_inf is not None:
+        try:
+            masked_adamw_(
+                parameters,
+                [_grad(p) for p in parameters],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
+                masks,
+                steps,
+                lr=float(group["lr"]),
+                beta1=float(group["betas"][0]),
+                beta2=float(group["betas"][1]),
+                eps=float(group["eps"]),
+                weight_decay=float(group["weight_decay"]),
+                maximize=group["maximize"],
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+            )
+        except RuntimeError:  # no step was taken
+            torch._foreach_sub_(steps, 1)
+            raise
+        if found_inf is not None:  # GradScaler skips the step
             torch._foreach_sub_(steps, [(found_inf != 0).to(step) for step in steps])
 
 

@@ -16,6 +16,7 @@ from layer_collapse.ops.magnitude import (
     magnitude_shares,
     magnitude_shares_reference,
 )
+from layer_collapse.ops.masked_step import unpack_reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 VALUES = [0.0, -0.0, 1.0, -1.0, 1.0000001, 0.5, math.inf, -math.inf, 1e-40, -5e-324, 6e-8, 3e38]
@@ -102,6 +103,70 @@ def test_ties_go_by_logical_index_in_any_layout(dtype):
         assert torch.equal(words, expected)
 
 
+def check_against_sort(weights, masks, k):
+    """Shares and pruned masks; a sort of float32 keys, so that millions of weights are fast."""
+    alive = [unpack_reference(m, w.shape).flatten() for w, m in zip(weights, masks, strict=True)]
+    values = [w.flatten()[a].abs() for w, a in zip(weights, alive, strict=True)]
+    chosen = torch.zeros(sum(map(len, values)), dtype=torch.bool)
+    chosen[torch.sort(torch.cat(values), stable=True).indices[:k]] = True
+    parts = chosen.split(list(map(len, values)))
+    shares = magnitude_shares(weights, masks, k)
+    assert shares.tolist() == [int(part.sum()) for part in parts]
+    words = [mask.clone() for mask in masks]
+    magnitude_prune_(weights, words, shares.tolist())
+    for flags, part, mask in zip(alive, parts, words, strict=True):
+        kept = flags.clone()
+        kept[flags] = ~part
+        assert torch.equal(mask, pack(kept))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
+@pytest.mark.parametrize("share", [1e-6, 0.001, 0.5, 0.9, 1.0])
+def test_sampled_selection(sparsity, share):
+    """Enough weights that the range of the cut is guessed from a sample."""
+    torch.manual_seed(0)
+    count = 400_000 if sparsity == 0 else 4_000_000
+    weights = [torch.randn(count - 7), 3 * torch.randn(7), 0.1 * torch.randn(count // 1000, 333)]
+    masks = [pack(torch.rand(w.shape) >= sparsity) for w in weights]
+    check_against_sort(weights, masks, max(1, int(share * sum(map(alive_count, masks)))))
+
+
+def test_more_keys_inside_the_guess_than_may_be_kept():
+    """Two neighbouring values: whatever is guessed at the border holds half a million and more."""
+    torch.manual_seed(0)
+    values = torch.tensor([1.0, torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))])
+    weights = [values[torch.randint(2, (1_500_000,))] for _ in range(2)]
+    masks = [pack(torch.ones(w.shape, dtype=torch.bool)) for w in weights]
+    border = int(sum((w == 1).sum() for w in weights))
+    for k in (border - 1, border, border + 1):
+        check_against_sort(weights, masks, k)
+
+
+@pytest.mark.parametrize("count", [300_000, 2_000_000])
+def test_a_sample_that_misleads(count):
+    """Large values exactly where key_sample.h draws, so that every guess is wrong."""
+    torch.manual_seed(0)
+    size = 32768
+    part = count // size
+    number = torch.arange(size, dtype=torch.int64).numpy().astype("uint64")
+    drawn = number * part + ((number + 1) * 0x9E3779B97F4A7C15 >> 33) % part
+    weight = torch.rand(count)
+    weight[torch.from_numpy(drawn.astype("int64"))] += 5
+    masks = [pack(torch.ones(count, dtype=torch.bool))]
+    for k in (1, count // 2, count - size):
+        check_against_sort([weight], masks, k)
+
+
+def test_nan_among_many():
+    weights = [torch.ones(300_000), torch.ones(300_000)]
+    weights[1][123_456] = math.nan
+    masks = [pack(torch.ones(w.shape, dtype=torch.bool)) for w in weights]
+    with pytest.raises(RuntimeError, match=r"alive .* NaN in weights\[1\]\)"):
+        magnitude_shares(weights, masks, 1000)
+    masks[1] = pack(~weights[1].isnan())
+    assert magnitude_shares(weights, masks, 300_001).tolist() == [300_000, 1]
+
+
 def test_signed_zeros_tie():
     words = pack(torch.ones(3, dtype=torch.bool))
     magnitude_prune_([torch.tensor([0.0, -0.0, 0.0])], [words], [1])
@@ -176,7 +241,7 @@ def test_refusals_change_nothing():
 
 def test_several_threads_equal_one():
     torch.manual_seed(0)
-    weights = [(torch.randn(n) * 50).round() for n in (200003, 0, 7, 90000)]
+    weights = [(torch.randn(n) * 50).round() for n in (600003, 0, 7, 90000)]
     masks = [pack(torch.rand(w.shape) > 0.2) for w in weights]
     threads = torch.get_num_threads()
     results = []

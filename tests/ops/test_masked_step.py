@@ -120,6 +120,50 @@ def test_sgd_special_values(count, sparsity, dtype, seed, special):
     torch.testing.assert_close(buffer, twin_buffer, equal_nan=True)
 
 
+def holes(shape, kind, seed):
+    """A mask with empty lines, words and rows among crowded and full ones."""
+    generator = torch.Generator().manual_seed(seed)
+    alive = torch.rand(shape, generator=generator) >= {"sparse": 0.99, "mixed": 0.9}.get(kind, 0.5)
+    if kind == "rows":
+        alive &= torch.rand(shape[:1] + (1,) * (len(shape) - 1), generator=generator) > 0.8
+    if kind == "mixed":  # stretches of both, so that skipped and whole spans take turns
+        flat = alive.view(-1)
+        flat[flat.numel() // 3 : flat.numel() // 2] = True
+        flat[flat.numel() // 2 : flat.numel() * 2 // 3] = False
+    return alive
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.sampled_from([(9000,), (70, 131), (33, 7, 3, 3), (17, 40, 5, 5), (20, 9, 2, 2)]),
+    kind=st.sampled_from(["sparse", "mixed", "rows"]),
+    channels_last=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_lines_with_and_without_work(shape, kind, channels_last, dtype, seed):
+    words = pack(holes(shape, kind, seed))
+    layout = torch.channels_last if channels_last and len(shape) == 4 else torch.contiguous_format
+    weight, grad, state, _ = sgd_case(shape, dtype, 0.0, layout, seed)
+    apply_masks_([weight, *state], [words] * 4)
+    twin, *twins = copies(weight, *state)
+    apply_masks_reference([twin, *twins], [words] * 4)
+    assert torch.equal(weight, twin)
+    grad[grad > 2] = math.inf
+    kwargs = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "grad_scale": torch.tensor(3.0)}
+    masked_sgd_([weight], [grad], state[:1], [words], **kwargs)
+    masked_sgd_reference([twin], [grad], twins[:1], [words], **kwargs)
+    torch.testing.assert_close(weight, twin, equal_nan=True)
+    steps = [torch.tensor(3.0)]
+    masked_adamw_([weight], [grad], *[[t] for t in state], [words], steps, lr=0.1, maximize=True)
+    masked_adamw_reference(
+        [twin], [grad], *[[t] for t in twins], [words], steps, lr=0.1, maximize=True
+    )
+    for ours, theirs in zip([weight, *state], [twin, *twins], strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+        assert ours[~unpack_reference(words, shape)].eq(0).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_gradients_of_pruned_weights_do_not_spread(dtype):
     weight, grad, state, words = sgd_case((1000,), dtype, 0.5)
