@@ -59,7 +59,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     if path is None:
         return
     if exitstatus != pytest.ExitCode.OK:
-        terminalreporter.write_line(f"{path} was not written: not every case was measured", red=True)
+        terminalreporter.write_line(f"{path} was not written: some case failed", red=True)
         return
     write_json(path, {"rows": ROWS})
     terminalreporter.write_line(f"written: {path}")

@@ -36,7 +36,7 @@ class Effort:
     most: int = 201
 
 
-FULL, QUICK = Effort(0.8, 7), Effort(0.15, 3)
+FULL, QUICK = Effort(0.6, 9), Effort(0.15, 3)
 
 
 def race(

@@ -131,9 +131,7 @@ class Reparametrised:
     def weights(self) -> list[Tensor]:
         return [module.weight for module in self.modules]
 
-    def step(
-        self, optimizer: torch.optim.Optimizer, grads: Sequence[Tensor]
-    ) -> Callable[[], None]:
+    def step(self, optimizer: torch.optim.Optimizer, grads: Sequence[Tensor]) -> Callable[[], None]:
         """What pruning adds to a training step: gradients through the product, the new product."""
 
         def step() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ RESULTS = Path(__file__).with_name("results.json")
 def _value(number: float | None, unit: str) -> str:
     if number is None:
         return "-"
-    return f"{number:.1f} us" if unit == "us" else f"{number:.2f}" if number >= 0.1 else f"{number:.3f}"
+    if unit == "us":
+        return f"{number:.1f} us"
+    return f"{number:.2f}" if number >= 0.1 else f"{number:.3f}"
 
 
 def _bar(entry: Mapping[str, Any]) -> str:
@@ -36,59 +38,47 @@ def _aligned(lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-def text(rows: Iterable[Mapping[str, Any]]) -> str:
+def text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Every row, then the verdict on every claim."""
-    rows = list(rows)
-    cases = [("claim", "case", "threads", "ours ms", "peer", "peer ms", "value", "spread", "bar")]
+    cases = [["claim", "case", "threads", "ours ms", "peer", "peer ms", "value", "spread", "bar"]]
     for row in rows:
         low, high = (_value(bound, row["unit"]) for bound in row["spread"])
-        cases.append(
-            (row["claim"], row["case"], str(row["threads"]), f"{row['ours_ms']:.4f}")
-            + (row["peer"], f"{row['peer_ms']:.4f}", _value(row["value"], row["unit"]))
-            + (f"{low} to {high}", _bar(row))
-        )
-    claims = [("claim", "threads", "cases", "mean", "highest", "bar [of a case]", "holds")]
+        measured = [f"{row['ours_ms']:.4f}", row["peer"], f"{row['peer_ms']:.4f}"]
+        value = _value(row["value"], row["unit"])
+        what = [row["claim"], row["case"], str(row["threads"])]
+        cases.append([*what, *measured, value, f"{low} to {high}", _bar(row)])
+    claims = [["claim", "threads", "cases", "mean", "highest", "bar [of a case]", "holds"]]
     for entry in verdicts(rows):
-        claims.append(
-            (f"{entry['title']} / {entry['peer']}", str(entry["threads"]), str(entry["cases"]))
-            + (_value(entry["mean"], entry["unit"]), _value(entry["highest"], entry["unit"]))
-            + (_bar(entry), _holds(entry["holds"]))
-        )
+        numbers = [_value(entry[number], entry["unit"]) for number in ("mean", "highest")]
+        what = [f"{entry['title']} / {entry['peer']}", str(entry["threads"]), str(entry["cases"])]
+        claims.append([*what, *numbers, _bar(entry), _holds(entry["holds"])])
     return f"{_aligned(cases)}\n\n{_aligned(claims)}"
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line per claim, with mean and highest case at every thread count."""
+    """One line per claim, with the mean and the highest case at every thread count."""
     entries = verdicts(rows)
     counts = sorted({entry["threads"] for entry in entries})
-    heads = [f"{n} thread{'s' * (n > 1)}" for n in counts]
-    lines = [
-        "| " + " | ".join(["ours", "against", "cases", *heads, "bar"]) + " |",
-        "|" + "---|" * (4 + len(counts)),
-    ]
+    heads = ["ours", "against", "cases", *(f"{n} thread{'s' * (n > 1)}" for n in counts), "bar"]
+    lines = [heads, ["---"] * len(heads)]
     for key in dict.fromkeys(entry["claim"] for entry in entries):
         own = {entry["threads"]: entry for entry in entries if entry["claim"] == key}
         first = next(iter(own.values()))
-        cells = [first["title"], first["peer"], str(first["cases"])]
-        for n in counts:
-            entry = own.get(n)
-            if entry is None:
-                cells.append("-")
-                continue
-            number = _value(entry["mean"], entry["unit"])
-            if entry["cases"] > 1:
-                number += f" ({_value(entry['highest'], entry['unit'])})"
-            cells.append(f"**{number}**" if entry["holds"] is False else number)
-        lines.append("| " + " | ".join([*cells, _bar(first)]) + " |")
-    row = rows[0]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Time of ours over time of the peer, mean over the cases (highest of them); {row['device']}, "
-            f"torch {row['torch']}, {row['date']}. Bold: misses its bar [of a single case].",
-        ]
+        cells = [_cell(own[n]) if n in own else "-" for n in counts]
+        lines.append([first["title"], first["peer"], str(first["cases"]), *cells, _bar(first)])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return (
+        f"{table}\n\nTime of ours over time of the peer: geometric mean over the cases (highest of "
+        "them), against the bar [of any single case]; bold where it is missed. "
+        f"{rows[0]['device']}, torch {rows[0]['torch']}, {rows[0]['date']}."
     )
+
+
+def _cell(entry: Mapping[str, Any]) -> str:
+    number = _value(entry["mean"], entry["unit"])
+    if entry["cases"] > 1:
+        number += f" ({_value(entry['highest'], entry['unit'])})"
+    return f"**{number}**" if entry["holds"] is False else number
 
 
 if __name__ == "__main__":
