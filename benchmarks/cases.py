@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -58,36 +59,37 @@ LARGE = (
     Layout("tokens", (8, 128, 4096)),
 )
 KINDS = (RELU, RELU6)
+#: What torch.relu and F.relu6 call.
 TORCH: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
-    "relu6": torch.nn.functional.relu6,
+    "relu6": torch._C._nn.relu6,
 }
 TORCH_INPLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
-    "relu6": lambda x: torch.nn.functional.relu6(x, inplace=True),
+    "relu6": torch._C._nn.relu6_,
 }
 
 
 def fused(
     kind: Kind, x: Tensor, channel_dim: int, inplace: bool = False
-) -> Callable[[Tensor], Any]:
-    """The fused op as a function of tensors like ``x``, checked bit for bit against its twin.
+) -> Callable[[Tensor], Callable[[], Any]]:
+    """``fused(...)(z)`` is a call of the fused op on z, a tensor like x; checked against its twin.
 
-    It is called as torch calls its own: op against op. What the Python around it costs is a claim
-    of its own, see ``test_call_overhead.py``.
+    Op against op: neither side has a Python frame around it (hence ``partial``). What tracking a
+    module costs on top is a claim of its own, see ``test_call_overhead.py``.
     """
     op = torch.ops.layer_collapse.rectify_ if inplace else torch.ops.layer_collapse.rectify
     ledger, twin = (new_ledger(kind, x.shape[channel_dim]) for _ in range(2))
 
-    def run(z: Tensor) -> Any:
-        return op(z, ledger, kind.code, channel_dim, 0.0, None, None)
+    def call(z: Tensor) -> Callable[[], Any]:
+        return partial(op, z, ledger, kind.code, channel_dim, 0.0, None, None)
 
     own = x.clone()
-    result = run(own)
+    result = call(own)()
     expected = rectify_reference(Call(kind, x), twin, channel_dim)
     torch.testing.assert_close(own if inplace else result, expected, rtol=0, atol=0)
     assert torch.equal(counts_of(ledger, kind), counts_of(twin, kind))
-    return run
+    return call
 
 
 def need(option: str) -> None:

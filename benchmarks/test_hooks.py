@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -36,6 +38,6 @@ def test_hooks(bench, layout):
             assert torch.equal(counting.positive, (x > 0).sum(dims))
         else:
             assert counting.entropy == pytest.approx(two_sided(share).mean().item(), rel=1e-3)
-        peers[claim] = lambda module=module: module(x)
+        peers[claim] = partial(module, x)
     with torch.no_grad():
-        bench(str(layout), lambda: ours(x), peers, x)
+        bench(str(layout), ours(x), peers, x)

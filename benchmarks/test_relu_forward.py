@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -31,8 +33,7 @@ def test_large(bench, layout, kind, dtype):
     x = layout.sample(DTYPES[dtype])
     assert x.nbytes >= 4 * MB
     ours, peer = fused(kind, x, layout.channel_dim), TORCH[kind.name]
-    case = f"{layout} {kind.name}"
-    bench(case, lambda: ours(x), {f"relu_{dtype}": lambda: peer(x)}, x)
+    bench(f"{layout} {kind.name}", ours(x), {f"relu_{dtype}": partial(peer, x)}, x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -49,8 +50,8 @@ def test_large_inplace(bench, layout, kind, dtype):
     buffer = x.clone()
     bench(
         f"{layout} {kind.name}",
-        lambda: ours(buffer),
-        {f"relu_{dtype}_inplace": lambda: peer(buffer)},
+        ours(buffer),
+        {f"relu_{dtype}_inplace": partial(peer, buffer)},
         x,
         before=lambda: buffer.copy_(x),
     )
@@ -62,4 +63,4 @@ def test_small(bench, layout, kind):
     x = layout.sample()
     assert 64 * 1024 <= x.nbytes < 4 * MB
     ours, peer = fused(kind, x, layout.channel_dim), TORCH[kind.name]
-    bench(f"{layout} {kind.name}", lambda: ours(x), {"relu_small": lambda: peer(x)}, x)
+    bench(f"{layout} {kind.name}", ours(x), {"relu_small": partial(peer, x)}, x)
