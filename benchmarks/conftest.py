@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.claims import verdicts
 from benchmarks.harness import FULL, QUICK, Bench
 from benchmarks.table import text
 from layer_collapse.files import write_json
@@ -61,5 +62,5 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     if exitstatus != pytest.ExitCode.OK:
         terminalreporter.write_line(f"{path} was not written: some case failed", red=True)
         return
-    write_json(path, {"rows": ROWS})
+    write_json(path, {"claims": verdicts(ROWS), "rows": ROWS})
     terminalreporter.write_line(f"written: {path}")

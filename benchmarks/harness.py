@@ -45,7 +45,7 @@ def race(
     effort: Effort,
     before: Callable[[], Any] | None = None,
 ) -> tuple[list[list[float]], int]:
-    """Time all sides in turns.
+    """Time all sides in turns; each has been called before, when their results were compared.
 
     Args:
         pedantic: ``benchmark.pedantic`` of pytest-benchmark, which keeps its own times of
@@ -65,11 +65,12 @@ def race(
         return (time.perf_counter() - start) / calls
 
     first = [seconds_of(side, 1) for side in sides]
-    if sum(first) < effort.seconds:  # the first calls of all pay for caches and page faults
+    times: list[list[float]] = [[seconds] for seconds in first]
+    if sum(first) < effort.seconds:  # too short to be trusted: the first calls pay for caches
         first = [min(seconds_of(side, 1) for _ in range(3)) for side in sides]
+        times = [[] for _ in sides]
     calls = 1 if before else max(1, math.ceil(_ROUND / min(first)))
     rounds = min(effort.most, max(effort.least, int(effort.seconds / (calls * sum(first)))))
-    times: list[list[float]] = [[] for _ in sides]
 
     def turn(index: int) -> None:
         times[index].append(seconds_of(sides[index], calls))
@@ -81,7 +82,7 @@ def race(
     gc.collect()
     gc.disable()
     try:
-        pedantic(lambda: turn(0), setup=peers_turn, rounds=rounds)
+        pedantic(lambda: turn(0), setup=peers_turn, rounds=rounds - len(times[0]))
     finally:
         gc.enable()
     return times, calls

@@ -146,15 +146,25 @@ def test_race_takes_turns_and_prepares_every_call():
             target()
 
     sides = [lambda: calls.append("ours"), lambda: calls.append("a"), lambda: calls.append("b")]
-    times, repeats = race(pedantic, sides, Effort(0, 3), before=lambda: calls.append("-"))
+    effort = Effort(1.0, 3, 3)
+    times, repeats = race(pedantic, sides, effort, before=lambda: calls.append("-"))
     timed = calls[calls.index("timed") + 1 :]
     assert timed == ["-", "a", "-", "b", "-", "ours"] * 3
     assert repeats == 1
     assert [len(side) for side in times] == [3, 3, 3]
     calls.clear()
-    _, repeats = race(pedantic, sides, Effort(0, 2))
+    _, repeats = race(pedantic, sides, Effort(1.0, 2, 2))
     assert repeats > 1
     assert calls.count("ours") - calls[: calls.index("timed")].count("ours") == 2 * repeats
+
+
+def test_race_counts_the_first_round_of_slow_sides():
+    rounds = []
+    times, _ = race(
+        lambda *_, **options: rounds.append(options["rounds"]), [int, int], Effort(0, 3)
+    )
+    assert rounds == [2]
+    assert [len(side) for side in times] == [1, 1]
 
 
 def test_row_is_the_median_of_the_rounds():
@@ -226,7 +236,9 @@ def test_run_writes_its_rows(tmp_path):
     command += [f"--results={path}", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads(path.read_text())["rows"]
+    results = json.loads(path.read_text())
+    rows = results["rows"]
+    assert [entry["claim"] for entry in results["claims"]] == ["call"] * len(results["claims"])
     assert {r["threads"] for r in rows} <= {1, 2}
     assert {r["claim"] for r in rows} == {"call"}
     for made in rows:
