@@ -107,8 +107,8 @@ def make_row(
 ) -> dict[str, Any]:
     """One row of results.json from the seconds of both sides, round by round.
 
-    ``value`` is what the bar is for: the ratio, or the difference in microseconds. ``holds`` compares
-    this very case with the bar of the mean; a claim as a whole is judged by ``claims.verdicts``.
+    ``value`` is what the bar is for: the ratio, or the difference in microseconds. ``holds``
+    compares this one case with the bar of the mean; ``claims.verdicts`` judges the whole claim.
     """
     facts = CLAIMS[claim]
     ratios = [mine / other for mine, other in zip(ours, peer, strict=True)]
