@@ -7,13 +7,13 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow bench lint format clean
+.PHONY: help demo test slow bench bench-quick lint format clean
 
 help:
 	@echo "make demo    layers leave a small network: about a minute, results in runs/demo"
 	@echo "make test    every test but the slow ones"
 	@echo "make slow    the slow ones too: full sizes"
-	@echo "make bench   ratios against peers, measured in this run"
+	@echo "make bench   ratios against peers, measured in this run: about 20 minutes; bench-quick: about 4"
 	@echo "make lint    ruff, mypy and clang-format; make format repairs what can be repaired"
 	@echo "make clean   remove everything that was built"
 
@@ -40,8 +40,16 @@ test: $(VENV)/extension
 slow: $(VENV)/extension
 	$(BIN)/python -m pytest -m "slow or not slow"
 
+# A case measures for as long as it needs: no timeout. A quick run leaves results.json, and with it
+# the README's numbers, alone.
+BENCH = $(BIN)/python -m pytest benchmarks --quiet --benchmark-quiet --timeout=0
+
 bench: $(VENV)/extension
-	$(BIN)/python -m pytest benchmarks --benchmark-disable-gc --benchmark-columns=median,iqr,rounds
+	$(BENCH) --results=benchmarks/results.json
+	$(BIN)/python -m benchmarks.plot
+
+bench-quick: $(VENV)/extension
+	$(BENCH) --quick --results=benchmarks/results-quick.json
 
 lint: $(VENV)/extension
 	$(BIN)/ruff check .

@@ -1,47 +1,66 @@
-"""Ratios against a peer: both are run in turns, so that they see the same machine."""
+"""The fixtures of the cases; the table, and results.json where ``--results`` asks for it."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-ROWS: list[tuple[str, str, str, float, float]] = []
+from benchmarks.claims import verdicts
+from benchmarks.harness import FULL, QUICK, Bench
+from benchmarks.table import text
+from layer_collapse.files import write_json
+
+ROWS: list[dict[str, Any]] = []
+THREADS = [n for n in (1, 2) if n <= (os.cpu_count() or 1)]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="fewer cases and rounds, every claim")
+    parser.addoption("--results", type=Path, help="write the rows to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: a case that --quick leaves out")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--quick"):
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(params=THREADS, ids=lambda n: f"{n}-threads")
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Every case runs at each of these, and so does its peer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
-def against(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., float]:
-    """``against(ours, peer, name)``: median time of ours over median time of the peer."""
-
-    def measure(ours: Callable[[], Any], peer: Callable[[], Any], name: str) -> float:
-        times: list[float] = []
-
-        def run_peer() -> None:  # pytest-benchmark calls it before each round of ours
-            start = time.perf_counter()
-            peer()
-            times.append(time.perf_counter() - start)
-
-        for _ in range(3):
-            ours(), peer()
-        benchmark.pedantic(ours, setup=run_peer, rounds=51, iterations=1)
-        mine, theirs = benchmark.stats.stats.median, statistics.median(times)
-        benchmark.extra_info |= {"peer": name, "ratio": mine / theirs}
-        ROWS.append((request.node.name, name, f"{torch.get_num_threads()}", mine, theirs))
-        return mine / theirs
-
-    return measure
+def bench(benchmark: Any, threads: int, request: pytest.FixtureRequest) -> Bench:
+    torch.manual_seed(0)
+    effort = QUICK if request.config.getoption("--quick") else FULL
+    return Bench(benchmark.pedantic, effort, threads, ROWS)
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     if not ROWS:
         return
-    terminalreporter.section("ratios (below 1: faster than the peer)")
-    for case, peer, threads, mine, theirs in ROWS:
-        terminalreporter.write_line(
-            f"{case:<58} {mine * 1e3:9.3f} ms  {peer:<24} {theirs * 1e3:9.3f} ms  "
-            f"ratio {mine / theirs:5.2f}  ({threads} threads)"
-        )
+    terminalreporter.section("ours against peers")
+    terminalreporter.write_line(text(ROWS))
+    path = config.getoption("--results")
+    if path is None:
+        return
+    if exitstatus != pytest.ExitCode.OK:
+        terminalreporter.write_line(f"{path} was not written: some case failed", red=True)
+        return
+    write_json(path, {"claims": verdicts(ROWS), "rows": ROWS})
+    terminalreporter.write_line(f"written: {path}")

@@ -1,0 +1,85 @@
+"""The summary of benchmarks/results.json as Markdown: ``python -m benchmarks.table [FILE]``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.claims import verdicts
+from layer_collapse.files import read_json
+
+RESULTS = Path(__file__).with_name("results.json")
+
+
+def _value(number: float | None, unit: str) -> str:
+    if number is None:
+        return "-"
+    if unit == "us":
+        return f"{number:.1f} us"
+    return f"{number:.2f}" if number >= 0.1 else f"{number:.3f}"
+
+
+def _bar(entry: Mapping[str, Any]) -> str:
+    worst = "" if entry["worst"] is None else f" [{_value(entry['worst'], entry['unit'])}]"
+    return _value(entry["bar"], entry["unit"]) + worst
+
+
+def _holds(verdict: bool | None) -> str:
+    return {True: "yes", False: "NO", None: "-"}[verdict]
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Every row, then the verdict on every claim."""
+    cases = [["claim", "case", "threads", "ours ms", "peer", "peer ms", "value", "spread", "bar"]]
+    for row in rows:
+        low, high = (_value(bound, row["unit"]) for bound in row["spread"])
+        measured = [f"{row['ours_ms']:.4f}", row["peer"], f"{row['peer_ms']:.4f}"]
+        value = _value(row["value"], row["unit"])
+        what = [row["claim"], row["case"], str(row["threads"])]
+        cases.append([*what, *measured, value, f"{low} to {high}", _bar(row)])
+    claims = [["claim", "threads", "cases", "mean", "highest", "bar [of a case]", "holds"]]
+    for entry in verdicts(rows):
+        numbers = [_value(entry[number], entry["unit"]) for number in ("mean", "highest")]
+        what = [f"{entry['title']} / {entry['peer']}", str(entry["threads"]), str(entry["cases"])]
+        claims.append([*what, *numbers, _bar(entry), _holds(entry["holds"])])
+    return f"{_aligned(cases)}\n\n{_aligned(claims)}"
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line per claim, with the mean and the highest case at every thread count."""
+    entries = verdicts(rows)
+    counts = sorted({entry["threads"] for entry in entries})
+    heads = ["ours", "against", "cases", *(f"{n} thread{'s' * (n > 1)}" for n in counts), "bar"]
+    lines = [heads, ["---"] * len(heads)]
+    for key in dict.fromkeys(entry["claim"] for entry in entries):
+        own = {entry["threads"]: entry for entry in entries if entry["claim"] == key}
+        first = next(iter(own.values()))
+        cells = [_cell(own[n]) if n in own else "-" for n in counts]
+        lines.append([first["title"], first["peer"], str(first["cases"]), *cells, _bar(first)])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return (
+        f"{table}\n\nTime of ours over time of the peer: geometric mean over the cases (highest of "
+        "them), against the bar [of any single case]; bold where it is missed. "
+        f"{rows[0]['device']}, torch {rows[0]['torch']}, {rows[0]['date']}."
+    )
+
+
+def _cell(entry: Mapping[str, Any]) -> str:
+    number = _value(entry["mean"], entry["unit"])
+    if entry["cases"] > 1:
+        number += f" ({_value(entry['highest'], entry['unit'])})"
+    return f"**{number}**" if entry["holds"] is False else number
+
+
+if __name__ == "__main__":
+    print(markdown(read_json(sys.argv[1] if len(sys.argv) > 1 else RESULTS)["rows"]))
