@@ -47,6 +47,10 @@ SOURCES = [
     "csrc/cpu/magnitude_select.cpp",
 ]
 
+# `make sanitize`: slow code that reports every wrong access and every undefined operation.
+SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+sanitized = os.environ.get("LAYER_COLLAPSE_SANITIZE") == "1"
+
 setup(
     ext_modules=[
         CppExtension(
@@ -68,7 +72,9 @@ setup(
                 "-fno-trapping-math",
                 f"-DTORCH_TARGET_VERSION={TARGET}",
                 "-DTORCH_STABLE_ONLY",
+                *(SANITIZE if sanitized else []),
             ],
+            extra_link_args=SANITIZE if sanitized else [],
         )
     ],
     cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},

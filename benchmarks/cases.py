@@ -14,6 +14,7 @@ from torch import Tensor
 
 import layer_collapse
 from layer_collapse.measure.rectifiers import RELU, RELU6, Call, Kind
+from layer_collapse.ops.eager import rectify_eager
 from layer_collapse.ops.rectify import counts_of, new_ledger, rectify_reference
 
 MB = 1 << 20
@@ -73,16 +74,20 @@ TORCH_INPLACE: dict[str, Callable[[Tensor], Tensor]] = {
 def fused(
     kind: Kind, x: Tensor, channel_dim: int, inplace: bool = False
 ) -> Callable[[Tensor], Callable[[], Any]]:
-    """``fused(...)(z)`` is a call of the fused op on z, a tensor like x; checked against its twin.
+    """``fused(...)(z)`` is the call that a tracked model makes in eager mode; checked by its twin.
 
-    Op against op: neither side has a Python frame around it (hence ``partial``). What tracking a
-    module costs on top is a claim of its own, see ``test_call_overhead.py``.
+    Out of place that is the way past the dispatcher (a Python function: its frame is ours to pay),
+    in place the op. What a tracked module costs on top has a claim of its own, see
+    ``test_call_overhead.py``.
     """
-    op = torch.ops.layer_collapse.rectify_ if inplace else torch.ops.layer_collapse.rectify
     ledger, twin = (new_ledger(kind, x.shape[channel_dim]) for _ in range(2))
 
     def call(z: Tensor) -> Callable[[], Any]:
-        return partial(op, z, ledger, kind.code, channel_dim, 0.0, None, None)
+        if inplace:
+            op = torch.ops.layer_collapse.rectify_
+            return partial(op, z, ledger, kind.code, channel_dim, 0.0, None, None)
+        channels = x.shape[channel_dim]
+        return partial(rectify_eager, kind, z, ledger, channels, channel_dim, 0.0, False)
 
     own = x.clone()
     result = call(own)()

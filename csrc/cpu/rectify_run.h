@@ -100,7 +100,8 @@ void run(const RectifyCall& call, int64_t* sums) {
   std::vector<Compute<T>> slopes;
   if constexpr (Rectifier::kSloped) {
     const T* given = static_cast<const T*>(call.slopes);
-    const int64_t repeated = columns ? side_by_side * width : call.channels;
+    // Whole blocks of them: the last one is read as a block too.
+    const int64_t repeated = columns ? blocks_of(side_by_side * width) * kBlock : call.channels;
     for (int64_t i = 0; i < repeated; ++i) {
       const int64_t channel = columns ? i / call.inner % call.channels : i;
       slopes.push_back(given ? static_cast<Compute<T>>(given[call.slope_count == 1 ? 0 : channel])
