@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow bench bench-quick lint format clean
+.PHONY: help demo test slow sanitize bench bench-quick lint format clean
 
 help:
 	@echo "make demo    layers leave a small network: about a minute, results in runs/demo"
 	@echo "make test    every test but the slow ones"
 	@echo "make slow    the slow ones too: full sizes"
+	@echo "make sanitize  the native code under ASan and UBSan"
 	@echo "make bench   ratios against peers, measured in this run: about 20 minutes; bench-quick: about 4"
 	@echo "make lint    ruff, mypy and clang-format; make format repairs what can be repaired"
 	@echo "make clean   remove everything that was built"
@@ -39,6 +40,16 @@ test: $(VENV)/extension
 
 slow: $(VENV)/extension
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+# The tests of the ops with every memory access and every operation checked. Leaks are not looked for
+# (the interpreter's own are many), nor is what torch.compile makes of the ops.
+SANITIZED := build/sanitize
+PRELOAD = $$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)
+
+sanitize: $(VENV)/packages
+	LAYER_COLLAPSE_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp
+	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(BIN)/pytest -o pythonpath=$(SANITIZED)/lib -p no:cacheprovider -q -s tests/ops tests/test_core.py -k "not opcheck and not compile"
 
 # A case measures for as long as it needs: no timeout. A quick run leaves results.json, and with it
 # the README's numbers, alone.

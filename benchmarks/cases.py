@@ -76,18 +76,14 @@ def fused(
 ) -> Callable[[Tensor], Callable[[], Any]]:
     """``fused(...)(z)`` is the call that a tracked model makes in eager mode; checked by its twin.
 
-    Out of place that is the way past the dispatcher (a Python function: its frame is ours to pay),
-    in place the op. What a tracked module costs on top has a claim of its own, see
-    ``test_call_overhead.py``.
+    It is a Python function: its frame is ours to pay. What a tracked module costs on top has a
+    claim of its own, see ``test_call_overhead.py``.
     """
-    ledger, twin = (new_ledger(kind, x.shape[channel_dim]) for _ in range(2))
+    channels = x.shape[channel_dim]
+    ledger, twin = new_ledger(kind, channels), new_ledger(kind, channels)
 
     def call(z: Tensor) -> Callable[[], Any]:
-        if inplace:
-            op = torch.ops.layer_collapse.rectify_
-            return partial(op, z, ledger, kind.code, channel_dim, 0.0, None, None)
-        channels = x.shape[channel_dim]
-        return partial(rectify_eager, kind, z, ledger, channels, channel_dim, 0.0, False)
+        return partial(rectify_eager, kind, z, ledger, channels, channel_dim, 0.0, inplace)
 
     own = x.clone()
     result = call(own)()

@@ -129,6 +129,8 @@ LC_INLINE typename Lanes<T>::Mask is_within_three(typename Lanes<T>::Values v) {
   }
 }
 
+using Floats = Lanes<float>::Values;
+
 // The sum of all lanes, modulo 2^32 for 32-bit ones.
 template <typename T>
 LC_INLINE int64_t sum_lanes(typename Lanes<T>::Mask lanes) {
@@ -166,8 +168,22 @@ LC_INLINE Lanes<float>::Mask at_most_one(Lanes<float>::Mask bits) {
 #endif
 }
 
+// min(v, 6) of lanes without NaN.
+LC_INLINE Floats at_most_six(Floats v) {
+#if defined(LC_AVX512)
+  return (Floats)_mm512_maskz_min_ps(0xFFFF, (__m512)v, _mm512_set1_ps(6));
+#elif defined(LC_AVX2)
+  __m256 halves[2];
+  std::memcpy(halves, &v, sizeof(halves));
+  for (__m256& half : halves) half = _mm256_min_ps(half, _mm256_set1_ps(6));
+  std::memcpy(&v, halves, sizeof(halves));
+  return v;
+#else
+  return v > 6 ? Floats{} + 6 : v;
+#endif
+}
+
 // Whether one of 64 floats is NaN, in the fewest instructions of a machine.
-using Floats = Lanes<float>::Values;
 LC_INLINE bool has_nan(const Floats (&v)[4]) {
 #if defined(LC_AVX512)
   const auto first = _mm512_cmp_ps_mask((__m512)v[0], (__m512)v[1], _CMP_UNORD_Q);

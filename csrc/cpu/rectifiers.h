@@ -43,7 +43,7 @@ struct Relu6 {
   }
   template <typename V, typename Mask>
   static LC_INLINE V apply_ordered(V v, Mask sign) {
-    return v > 6 ? V{} + 6 : Relu::apply_ordered(v, sign);
+    return Relu::apply_ordered(at_most_six(v), sign);
   }
 };
 struct LeakyRelu {

@@ -58,7 +58,9 @@ LC_INLINE bool rectify_group(const T* x, T* y, const Compute<T>* slopes,
         const Mask sign = bits >> 31;
         tally.rows[kNonzero] += at_most_one(bits) << (kBytes ? 8 * i : 0);
         tally.template add<kNegative>(sign, i);
-        if constexpr (Rectifier::kind == Kind::relu6) tally.template add<kExtra>(v[i] > 6, i);
+        if constexpr (Rectifier::kind == Kind::relu6) {
+          tally.template add<kExtra>(bits_as<Mask>(6 - v[i]) >> 31, i);  // -1 where v > 6
+        }
         if constexpr (kWrites<Rectifier>) store(y + i * step, Rectifier::apply_ordered(v[i], sign));
       }
       return false;

@@ -17,6 +17,7 @@ namespace LC_MACHINE {
 
 constexpr int64_t kGrain = 1 << 15;      // elements below which a second thread does not pay
 constexpr int64_t kShortRow = 64;        // elements of a plane below which its columns are counted
+constexpr int64_t kManyRows = 64;        // rows that are worth the sums of their columns
 constexpr int64_t kFewRows = 8;          // rows below which counting columns does not pay
 constexpr int64_t kWideRow = 1 << 10;    // columns to which short rows are put side by side ...
 constexpr int64_t kWidestRow = 1 << 12;  // ... and the most of them, to fill whole blocks
@@ -92,7 +93,10 @@ void run(const RectifyCall& call, int64_t* sums) {
   if (columns && !call.valid) {
     const int64_t whole = kBlock / std::gcd(width, kBlock);  // the fewest that fill blocks
     const int64_t wanted = whole * std::max<int64_t>(1, kWideRow / (whole * width));
-    if (wanted * width <= kWidestRow && wanted <= rows) side_by_side = wanted;
+    // Every column costs at the end, so few rows stay as they are, unless they are very short.
+    const int64_t most = std::max(whole, rows / kManyRows);
+    if (whole * width <= kWidestRow && whole <= rows)
+      side_by_side = std::min(wanted, most / whole * whole);
   }
   const int64_t rest = rows % side_by_side;
   rows /= side_by_side;

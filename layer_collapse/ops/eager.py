@@ -77,19 +77,19 @@ def rectify_eager(
     ):
         return None
     smooth = kind.name in ("gelu", "gelu_tanh", "silu")
-    fused = not (smooth or inplace or (x.requires_grad and torch.is_grad_enabled()))
+    fused = not (smooth or (x.requires_grad and torch.is_grad_enabled()))
     if not (fused or smooth or x.numel() < _FUSED_FROM):
         return None
     y = x
-    if fused and contiguous and kind.name != "relu6":
+    if fused and not inplace and contiguous and kind.name != "relu6":
         # torch's strides: see empty_result in csrc/cpu/rectify.cpp
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    elif fused or kind.rows > 3:
+    elif (fused and not inplace) or (not fused and kind.rows > 3):
         y = torch.empty_like(x)  # if not fused, only the counters are wanted
     counted = _C.rectify_memory(
         ledger.data_ptr(),
         channels,
-        _COUNT_ONLY if y is x else kind.code,
+        kind.code if fused or kind.rows > 3 else _COUNT_ONLY,
         slope,
         x.data_ptr(),
         y.data_ptr(),
@@ -100,4 +100,6 @@ def rectify_eager(
     )
     if not counted:
         return None
+    if y is x and fused and not x.is_inference():
+        torch.autograd.graph.increment_version(x)
     return y if fused else native(x, slope)

@@ -79,6 +79,15 @@ def test_in_place(kind: Kind) -> None:
     assert torch.equal(ledger, reference)
 
 
+def test_in_place_in_inference_mode() -> None:
+    with torch.inference_mode():
+        x = sample(4, 6)
+        expected = x.relu()
+        y, _ = shortcut(KINDS["relu"], x, 1, inplace=True)
+        assert y is x
+        assert_same_bits(x, expected)
+
+
 def test_a_changed_input_is_noticed_in_backward() -> None:
     x = torch.randn(3, 4, requires_grad=True)
     y, _ = shortcut(KINDS["relu"], x, 1)
