@@ -195,15 +195,16 @@ inline constexpr int64_t kBlock = 64, kByteRows = 255;
 
 constexpr int64_t blocks_of(int64_t width) { return (width + kBlock - 1) / kBlock; }
 
-// One row. bytes: null if it does not count.
+// One row. Returns whether a NaN may have been counted.
 template <typename Rectifier, typename T>
-LC_INLINE void rectify_columns(const T* x, T* y, int64_t width, const Compute<T>* slopes,
+LC_INLINE bool rectify_columns(const T* x, T* y, int64_t width, const Compute<T>* slopes,
                                uint8_t* bytes) {
   using Mask = typename Lanes<T>::Mask;
   using Counters = Tally<Rectifier, T, true>;
   constexpr int kVectors = kBlock / kLanes<T>;
   const int64_t stride = blocks_of(width) * kBlock;
   const int64_t whole = width / kBlock * kBlock;
+  bool any_nan = false;
   for (int64_t c = 0; c < whole; c += kBlock) {
     Counters tally;
     uint8_t* cell = bytes + c;
@@ -216,11 +217,12 @@ LC_INLINE void rectify_columns(const T* x, T* y, int64_t width, const Compute<T>
     store(cell + kNegative * stride, tally.rows[kNegative]);
     if constexpr (Counters::kRows > 3) store(cell + kExtra * stride, tally.rows[kExtra]);
     if (saw_nan) {
+      any_nan = true;
       cell += kNan * stride;
       store(cell, load<Mask>(cell) + tally.rows[kNan]);
     }
   }
-  if (whole == width) return;
+  if (whole == width) return any_nan;
   Counters tally;
   rectify_tail<kVectors>(x + whole, y + whole, width - whole,
                          slopes + (Rectifier::kSloped ? whole : 0), nullptr, tally);
@@ -228,13 +230,14 @@ LC_INLINE void rectify_columns(const T* x, T* y, int64_t width, const Compute<T>
     uint8_t* cell = bytes + row * stride + whole;
     store(cell, load<Mask>(cell) + tally.rows[row]);
   }
+  return true;
 }
 
-// Adds the bytes to sums [kRows][blocks * 64] and clears them.
-template <typename Rectifier, typename T>
-LC_INLINE void drain_columns(uint8_t* bytes, int64_t width, int32_t* sums) {
+// Adds the bytes of one counter of all columns to sums [blocks * 64] and clears them; the first
+// time sums need not hold anything.
+template <typename T>
+LC_INLINE void drain_columns(uint8_t* bytes, int64_t blocks, int32_t* sums, bool first) {
   using Words = typename Lanes<T>::Words;
-  const int64_t blocks = blocks_of(width) * count_rows(Rectifier::kind);
   for (int64_t block = 0; block < blocks; ++block) {
     const auto packed = load<Words>(bytes + block * kBlock);
     store(bytes + block * kBlock, Words{});
@@ -242,7 +245,9 @@ LC_INLINE void drain_columns(uint8_t* bytes, int64_t width, int32_t* sums) {
     for (int i = 0; i < kBlock / kLanes<T>; ++i) {
       const Words lanes = (packed >> (8 * i)) & 0xFF;
       int32_t* into = sums + block * kBlock + i * kLanes<T>;
-      for (int lane = 0; lane < kLanes<T>; ++lane) into[lane] += static_cast<int32_t>(lanes[lane]);
+      for (int lane = 0; lane < kLanes<T>; ++lane) {
+        into[lane] = (first ? 0 : into[lane]) + static_cast<int32_t>(lanes[lane]);
+      }
     }
   }
 }

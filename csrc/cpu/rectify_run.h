@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <memory>
 #include <mutex>
 #include <numeric>
 #include <vector>
@@ -22,49 +23,66 @@ constexpr int64_t kFewRows = 8;          // rows below which counting columns do
 constexpr int64_t kWideRow = 1 << 10;    // columns to which short rows are put side by side ...
 constexpr int64_t kWidestRow = 1 << 12;  // ... and the most of them, to fill whole blocks
 
-// Adds counts [kRows][stride] of the first `width` columns to sums, those of a ledger, [kRows][C].
+// Adds one counter of columns [width], less another's if given, to that of the channels, sums [C].
 // Column w belongs to channel w / inner % C.
-template <typename Rectifier, typename Counter>
-void merge(Counter* counts, int64_t stride, int64_t width, int64_t channels, int64_t inner,
-           int64_t* sums) {
-  for (int64_t w = 0; w < width; ++w) counts[w] -= counts[stride + w];  // nonzero to positive
-  const std::lock_guard<std::mutex> lock(ledger_mutex());
-  for (int64_t row = 0; row < count_rows(Rectifier::kind); ++row) {
-    int64_t* into = sums + row * channels;
-    const Counter* from = counts + row * stride;
-    for (int64_t first = 0; first < width; first += channels * inner) {
-      for (int64_t c = 0; c < channels; ++c, from += inner) {
-        into[c] += inner == 1 ? *from : std::accumulate(from, from + inner, int64_t{0});
+template <typename Counter>
+void add_columns(const Counter* counts, const Counter* less, int64_t width, int64_t channels,
+                 int64_t inner, int64_t* sums) {
+  for (int64_t first = 0; first < width; first += channels * inner) {
+    if (inner == 1 && less) {
+      for (int64_t c = 0; c < channels; ++c) sums[c] += counts[first + c] - less[first + c];
+    } else if (inner == 1) {
+      for (int64_t c = 0; c < channels; ++c) sums[c] += counts[first + c];
+    } else {
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t w = first + c * inner; w < first + (c + 1) * inner; ++w) {
+          sums[c] += less ? counts[w] - less[w] : counts[w];
+        }
       }
     }
+  }
+}
+
+// Adds counts [kRows][stride] of columns to sums, those of a ledger, [kRows][C].
+template <typename Rectifier, typename Counter>
+void merge(const Counter* counts, int64_t stride, int64_t width, bool any_nan, int64_t channels,
+           int64_t inner, int64_t* sums) {
+  const std::lock_guard<std::mutex> lock(ledger_mutex());
+  for (int row = 0; row < count_rows(Rectifier::kind); ++row) {
+    if (row == kNan && !any_nan) continue;
+    const Counter* less = row == kNonzero ? counts + kNegative * stride : nullptr;  // positive
+    add_columns(counts + row * stride, less, width, channels, inner, sums + row * channels);
   }
 }
 
 // sums: the counts of the ledger, or null when nothing is counted.
 template <typename Rectifier, typename T>
 void run_columns(const Span<T>& span, int64_t rows, const RectifyCall& call, int64_t* sums) {
-  constexpr int64_t kRows = count_rows(Rectifier::kind);
+  constexpr int kRows = count_rows(Rectifier::kind);
   constexpr int64_t kBatch = 1 << 30;  // rows that 32 bits can count
-  const int64_t width = span.width, stride = blocks_of(width) * kBlock;
+  const int64_t width = span.width, blocks = blocks_of(width), stride = blocks * kBlock;
   const int64_t grain = std::max<int64_t>(1, kGrain / width);
   torch::stable::parallel_for(0, rows, grain, [&](int64_t from, int64_t to) {
     std::vector<uint8_t> bytes(kRows * stride), idle(span.valid ? kRows * stride : 0);
-    std::vector<int32_t> counts(kRows * stride);
+    const std::unique_ptr<int32_t[]> counts(new int32_t[kRows * stride]);  // filled when drained
+    bool any_nan = false, first = true;
     int64_t since = 0;  // the last merge
     for (int64_t row = from; row < to;) {
       const int64_t stop = std::min(to, row + kByteRows);
       since += stop - row;
       for (; row < stop; ++row) {
         const bool counted = !span.valid || span.valid[row];
-        rectify_columns<Rectifier>(span.x + row * width, span.y + row * width, width, span.slopes,
-                                   counted ? bytes.data() : idle.data());
+        any_nan |= rectify_columns<Rectifier>(span.x + row * width, span.y + row * width, width,
+                                              span.slopes, counted ? bytes.data() : idle.data());
       }
-      drain_columns<Rectifier, T>(bytes.data(), width, counts.data());
-      if (sums && (row == to || since >= kBatch)) {
-        merge<Rectifier>(counts.data(), stride, width, call.channels, call.inner, sums);
-        std::fill(counts.begin(), counts.end(), 0);
-        since = 0;
+      if (!sums) continue;
+      for (int i = 0; i < kRows; ++i) {
+        drain_columns<T>(bytes.data() + i * stride, blocks, counts.get() + i * stride, first);
       }
+      first = since >= kBatch || row == to;
+      if (!first) continue;
+      merge<Rectifier>(counts.get(), stride, width, any_nan, call.channels, call.inner, sums);
+      since = 0;
     }
   });
 }
@@ -78,7 +96,7 @@ void run_planes(const Span<T>& span, int64_t rows, int64_t* sums) {
     std::vector<int64_t> counts(kRows * span.channels);
     rectify_planes<Rectifier>(span, from, to, counts.data());
     if (sums) {
-      merge<Rectifier>(counts.data(), span.channels, span.channels, span.channels, 1, sums);
+      merge<Rectifier>(counts.data(), span.channels, span.channels, true, span.channels, 1, sums);
     }
   });
 }
