@@ -39,6 +39,8 @@ SOURCES = [
     "csrc/module.cpp",
     "csrc/library.cpp",
     "csrc/cpu/rectify.cpp",
+    "csrc/cpu/bn_rectify.cpp",
+    "csrc/cpu/bn_rectify_backward.cpp",
     "csrc/cpu/layer_entropies.cpp",
     "csrc/cpu/masked_step.cpp",
     "csrc/cpu/magnitude_select.cpp",

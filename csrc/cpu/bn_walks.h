@@ -1,0 +1,89 @@
+// The walks over memory that apply a pass of bn_passes.h, for the instruction set of the machine.
+//
+// Not LC_CLONES: the compiler takes vectors that the baseline lacks apart before it makes clones.
+// So the loops are compiled once per instruction set instead, by an include each.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/bn_passes.h"
+#include "cpu/dispatch.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define LC_BN_SETS
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a call that is not inlined
+#endif
+
+namespace layer_collapse {
+
+namespace baseline {
+#include "cpu/bn_loops.h"
+}
+
+#ifdef LC_BN_SETS
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+namespace avx2 {
+#include "cpu/bn_loops.h"
+}
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4")
+namespace avx512 {
+#include "cpu/bn_loops.h"
+}
+#pragma GCC pop_options
+#endif
+
+enum class InstructionSet { baseline, avx2, avx512 };
+inline InstructionSet instruction_set() {
+#ifdef LC_BN_SETS
+  static const InstructionSet best = __builtin_cpu_supports("x86-64-v4") ? InstructionSet::avx512
+                                     : __builtin_cpu_supports("x86-64-v3")
+                                         ? InstructionSet::avx2
+                                         : InstructionSet::baseline;
+  return best;
+#else
+  return InstructionSet::baseline;
+#endif
+}
+
+// A group of channels whose data begin at offset 0; from one outer index to the next lies `stride`.
+// Adds to totals[0..group).
+template <typename Pass>
+void walk_planes(const Pass& pass, int64_t outer, int64_t stride, int64_t group, int64_t inner,
+                 typename Pass::Totals* totals) {
+#ifdef LC_BN_SETS
+  switch (instruction_set()) {
+    case InstructionSet::avx512:
+      return avx512::walk_planes(pass, outer, stride, group, inner, totals);
+    case InstructionSet::avx2:
+      return avx2::walk_planes(pass, outer, stride, group, inner, totals);
+    default:
+      break;
+  }
+#endif
+  baseline::walk_planes(pass, outer, stride, group, inner, totals);
+}
+
+// Rows [from, to) of all channels. Adds to totals[0..ceil(C / kLanes)).
+template <typename Pass>
+void walk_channels(const Pass& pass, int64_t from, int64_t to, int64_t channels,
+                   typename Pass::Totals* totals) {
+#ifdef LC_BN_SETS
+  switch (instruction_set()) {
+    case InstructionSet::avx512:
+      return avx512::walk_channels(pass, from, to, channels, totals);
+    case InstructionSet::avx2:
+      return avx2::walk_channels(pass, from, to, channels, totals);
+    default:
+      break;
+  }
+#endif
+  baseline::walk_channels(pass, from, to, channels, totals);
+}
+
+}  // namespace layer_collapse
