@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <limits>
 #include <optional>
 #include <type_traits>
 #include <vector>
@@ -64,14 +65,18 @@ inline void check_input(const char* op, const Tensor& x, int64_t kind) {
         op, ": kind must be that of ReLU, ReLU6, LeakyReLU or Hardswish (got ", kind, ")");
 }
 
-// Numbers per channel as doubles, `fallback` for each without a tensor.
+// Numbers per channel as doubles, `fallback` for each without a tensor. Every NaN is the plain one,
+// which the loops may round like a number.
 inline std::vector<double> doubles_of(const std::optional<Tensor>& numbers, int64_t channels,
                                       double fallback) {
   std::vector<double> values(channels, fallback);
   if (!numbers) return values;
   visit_weight_type(numbers->scalar_type(), [&]<typename W>(std::type_identity<W>) {
     const auto* source = static_cast<const W*>(numbers->const_data_ptr());
-    for (int64_t c = 0; c < channels; ++c) values[c] = static_cast<double>(source[c]);
+    for (int64_t c = 0; c < channels; ++c) {
+      const auto value = static_cast<double>(source[c]);
+      values[c] = value == value ? value : std::numeric_limits<double>::quiet_NaN();
+    }
   });
   return values;
 }
@@ -93,9 +98,9 @@ struct Affine {
   Affine(const std::optional<Tensor>& weights, const std::optional<Tensor>& biases,
          int64_t channels)
       : weight(doubles_of(weights, channels, 1.0)),
-        mean(per_channel<V>(channels)),
-        alpha(per_channel<V>(channels)),
-        beta(per_channel<V>(channels)) {
+        mean(padded<V>(channels)),
+        alpha(padded<V>(channels)),
+        beta(padded<V>(channels)) {
     const auto bias = doubles_of(biases, channels, 0.0);
     std::copy(bias.begin(), bias.end(), beta.begin());
   }

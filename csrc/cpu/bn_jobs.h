@@ -1,13 +1,19 @@
-// How the two passes of a batch-normalised rectifier, forward or backward, get at memory: by groups
-// of channels (NCHW) or by slices of rows (channels_last). The result does not depend on the number
-// of threads.
+// How the two passes of a batch-normalised rectifier, forward or backward, get at memory. The
+// result does not depend on the number of threads.
+//
+// - Large planes (NCHW): by groups of channels, whose second pass finds them in the cache.
+// - Small planes: the same, but as rows of [channels * inner] columns: no vector is cut short at
+// the
+//   end of a plane.
+// - Channels last: by slices of rows.
 //
 // A Job has
 //   needs_sums                     whether there is a first pass
 //   first(c, offset), second(...)  the passes over channels from c on, whose data begin at offset
 //   finish(c, sum, second_sum)     takes the sums of channel c over all positions; false: they are
 //                                  inexact, run the first pass again (it has changed its center)
-//   take(c, totals, pick)          takes what the second pass found, pick(lanes) for channel c
+//   take(c, pick)                  takes what the second pass found: pick(&Totals::x) is channel
+//   c's
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -26,59 +32,130 @@ struct Span {
   int64_t positions() const { return outer * inner; }
 };
 
-// One channel's share of sums that several hold, one per lane.
-struct PickLane {
-  int64_t i;
-  template <typename Lanes>
-  auto operator()(const Lanes& lanes) const {
-    return lanes[i];
+// The share of some columns in totals of one column per lane; even elements before odd ones, see
+// bn_loops.h.
+template <typename T, typename Totals>
+struct PickColumns {
+  const std::vector<Totals>& totals;
+  int64_t first, count;
+
+  template <typename Member>
+  auto operator()(Member member) const {
+    auto sum = (totals[0].*member)[0] * 0;
+    for (int64_t column = first; column < first + count; ++column) {
+      const int64_t place = column % kWidth<T>;
+      const int64_t slot = place % kParts<T> * kLanes<Compute<T>> + place / kParts<T>;
+      sum += (totals[column / kWidth<T>].*member)[slot];
+    }
+    return sum;
   }
 };
-// All of the sums, where every lane is the same channel's.
-template <typename V>
+// All lanes of the totals of one channel.
+template <typename T, typename Totals>
 struct PickAll {
-  template <typename Lanes>
-  auto operator()(const Lanes& lanes) const {
-    auto sum = lanes[0];
-    for (int64_t i = 1; i < kLanes<V>; ++i) sum += lanes[i];
+  const Totals& totals;
+
+  template <typename Member>
+  auto operator()(Member member) const {
+    auto sum = (totals.*member)[0];
+    for (int64_t i = 1; i < kWidth<T>; ++i) sum += (totals.*member)[i];
     return sum;
   }
 };
 
-inline constexpr int64_t kGroupBytes = 1 << 12;  // of a group's rows at one outer index
+inline constexpr int64_t kSmallPlane = 64;       // elements
+inline constexpr int64_t kGroupBytes = 1 << 14;  // of a group's rows at one outer index
 inline constexpr int64_t kSliceBytes = 1 << 18;
 inline constexpr int64_t kMinSliceRows = 64;
 inline constexpr int64_t kMaxSlices = 64;
 inline constexpr int64_t kTaskElements = 1 << 15;  // below which a second thread does not pay
 
+template <typename T>
+int64_t vectors(int64_t columns) {
+  return (columns + kWidth<T> - 1) / kWidth<T>;
+}
+
+template <typename Job, typename Pick>
+bool finish_sums(Job& job, int64_t c, const Pick& pick) {
+  using Totals = typename Job::First::Totals;
+  return job.finish(c, pick(&Totals::first), pick(&Totals::second));
+}
+
+// A pass over `count` channels of `inner` elements as one over columns; `numbers` keeps the arrays.
+template <typename Pass, typename V>
+Pass by_columns(Pass pass, int64_t count, int64_t inner, std::vector<std::vector<V>>& numbers) {
+  numbers.clear();
+  numbers.reserve(8);
+  pass.each_array([&](const V*& array) {
+    auto& columns = numbers.emplace_back(padded<V>(count * inner));
+    for (int64_t c = 0; c < count; ++c) std::fill_n(columns.begin() + c * inner, inner, array[c]);
+    array = columns.data();
+  });
+  return pass;
+}
+
+// Channels [begin, begin + count) of small planes.
+template <typename T, typename Job>
+void run_small_planes(const Span& span, int64_t begin, int64_t count, Job& job) {
+  const int64_t inner = span.inner, stride = span.channels * inner, columns = count * inner;
+  std::vector<std::vector<Compute<T>>> numbers;
+  const auto sum = [&] {
+    using Totals = typename Job::First::Totals;
+    std::vector<Totals> sums(vectors<T>(columns));
+    const auto pass = by_columns(job.first(begin, begin * inner), count, inner, numbers);
+    walk_columns(pass, span.outer, stride, columns, sums.data());
+    bool exact = true;
+    for (int64_t c = 0; c < count; ++c) {
+      const PickColumns<T, Totals> pick{sums, c * inner, inner};
+      exact &= finish_sums(job, begin + c, pick);
+    }
+    return exact;
+  };
+  if (job.needs_sums && !sum()) sum();
+  using Totals = typename Job::Second::Totals;
+  std::vector<Totals> totals(vectors<T>(columns));
+  const auto pass = by_columns(job.second(begin, begin * inner), count, inner, numbers);
+  walk_columns(pass, span.outer, stride, columns, totals.data());
+  for (int64_t c = 0; c < count; ++c) {
+    job.take(begin + c, PickColumns<T, Totals>{totals, c * inner, inner});
+  }
+}
+
+template <typename T, typename Job>
+void run_large_planes(const Span& span, int64_t begin, int64_t count, Job& job) {
+  const int64_t inner = span.inner, stride = span.channels * inner;
+  if (job.needs_sums) {
+    using Totals = typename Job::First::Totals;
+    std::vector<Totals> sums(count);
+    walk_planes(job.first(begin, begin * inner), span.outer, stride, count, inner, sums.data());
+    for (int64_t c = 0; c < count; ++c) {
+      const PickAll<T, Totals> pick{sums[c]};
+      if (finish_sums(job, begin + c, pick)) continue;
+      sums[c] = {};
+      const auto again = job.first(begin + c, (begin + c) * inner);
+      walk_planes(again, span.outer, stride, 1, inner, &sums[c]);
+      finish_sums(job, begin + c, pick);
+    }
+  }
+  using Totals = typename Job::Second::Totals;
+  std::vector<Totals> totals(count);
+  walk_planes(job.second(begin, begin * inner), span.outer, stride, count, inner, totals.data());
+  for (int64_t c = 0; c < count; ++c) job.take(begin + c, PickAll<T, Totals>{totals[c]});
+}
+
 template <typename T, typename Job>
 void run_planes(const Span& span, Job& job) {
-  using V = Compute<T>;
-  const auto [outer, channels, inner] = span;
-  const int64_t row_bytes = inner * static_cast<int64_t>(sizeof(T));
-  const int64_t group = std::clamp<int64_t>(kGroupBytes / row_bytes, 1, channels);
-  const int64_t groups = (channels + group - 1) / group;
-  const int64_t stride = channels * inner;
-  const int64_t grain = std::max<int64_t>(1, kTaskElements / (outer * inner * group));
+  const int64_t row_bytes = span.inner * static_cast<int64_t>(sizeof(T));
+  const int64_t group = std::clamp<int64_t>(kGroupBytes / row_bytes, 1, span.channels);
+  const int64_t groups = (span.channels + group - 1) / group;
+  const int64_t grain = std::max<int64_t>(1, kTaskElements / (span.positions() * group));
   torch::stable::parallel_for(0, groups, grain, [&](int64_t from, int64_t to) {
-    for (int64_t begin = from * group; begin < std::min(to * group, channels); begin += group) {
-      const int64_t count = std::min(group, channels - begin);
-      if (job.needs_sums) {
-        std::vector<typename Job::First::Totals> sums(count);
-        walk_planes(job.first(begin, begin * inner), outer, stride, count, inner, sums.data());
-        for (int64_t c = begin; c < begin + count; ++c) {
-          const PickAll<V> pick;
-          auto& found = sums[c - begin];
-          if (job.finish(c, pick(found.first), pick(found.second))) continue;
-          found = {};
-          walk_planes(job.first(c, c * inner), outer, stride, 1, inner, &found);
-          job.finish(c, pick(found.first), pick(found.second));
-        }
-      }
-      std::vector<typename Job::Second::Totals> totals(count);
-      walk_planes(job.second(begin, begin * inner), outer, stride, count, inner, totals.data());
-      for (int64_t c = begin; c < begin + count; ++c) {
-        job.take(c, totals[c - begin], PickAll<V>{});
+    for (int64_t g = from; g < to; ++g) {
+      const int64_t begin = g * group, count = std::min(group, span.channels - begin);
+      if (span.inner <= kSmallPlane) {
+        run_small_planes<T>(span, begin, count, job);
+      } else {
+        run_large_planes<T>(span, begin, count, job);
       }
     }
   });
@@ -86,61 +163,52 @@ void run_planes(const Span& span, Job& job) {
 
 // The first pass over all slices of rows; whether its sums were exact.
 template <typename T, typename Job>
-bool sum_channels(const Span& span, int64_t slices, Job& job) {
-  using V = Compute<T>;
+bool sum_rows(const Span& span, int64_t slices, Job& job) {
   using Totals = typename Job::First::Totals;
-  const int64_t rows = span.outer, channels = span.channels;
-  const int64_t columns = (channels + kLanes<V> - 1) / kLanes<V>;
-  std::vector<Totals> sums(slices * columns);
+  const int64_t rows = span.outer, channels = span.channels, width = vectors<T>(channels);
+  std::vector<Totals> sums(slices * width);
   torch::stable::parallel_for(0, slices, 1, [&](int64_t from, int64_t to) {
     for (int64_t s = from; s < to; ++s) {
-      walk_channels(job.first(0, 0), s * rows / slices, (s + 1) * rows / slices, channels,
-                    sums.data() + s * columns);
+      const int64_t begin = s * rows / slices, end = (s + 1) * rows / slices;
+      walk_columns(job.first(0, begin * channels), end - begin, channels, channels,
+                   sums.data() + s * width);
     }
   });
-  for (int64_t s = 1; s < slices; ++s) {
-    for (int64_t column = 0; column < columns; ++column) {
-      Totals& sum = sums[column];
-      const Totals& more = sums[s * columns + column];
-      for (int64_t i = 0; i < kLanes<V>; ++i) {
-        sum.first[i] += more.first[i];
-        sum.second[i] += more.second[i];
-      }
+  for (int64_t i = width; i < slices * width; ++i) {
+    for (int64_t slot = 0; slot < kWidth<T>; ++slot) {
+      sums[i % width].first[slot] += sums[i].first[slot];
+      sums[i % width].second[slot] += sums[i].second[slot];
     }
   }
   bool exact = true;
   for (int64_t c = 0; c < channels; ++c) {
-    const Totals& sum = sums[c / kLanes<V>];
-    const PickLane pick{c % kLanes<V>};
-    exact &= job.finish(c, pick(sum.first), pick(sum.second));
+    exact &= finish_sums(job, c, PickColumns<T, Totals>{sums, c, 1});
   }
   return exact;
 }
 
 template <typename T, typename Job>
-void run_channels(const Span& span, Job& job) {
-  using V = Compute<T>;
+void run_rows(const Span& span, Job& job) {
   const int64_t rows = span.outer, channels = span.channels;
   const int64_t bytes = rows * channels * static_cast<int64_t>(sizeof(T));
   const int64_t most = std::clamp<int64_t>(rows / kMinSliceRows, 1, kMaxSlices);
   const int64_t slices = std::clamp<int64_t>(bytes / kSliceBytes, 1, most);
-  if (job.needs_sums && !sum_channels<T>(span, slices, job)) sum_channels<T>(span, slices, job);
+  if (job.needs_sums && !sum_rows<T>(span, slices, job)) sum_rows<T>(span, slices, job);
   torch::stable::parallel_for(0, slices, 1, [&](int64_t from, int64_t to) {
+    using Totals = typename Job::Second::Totals;
+    std::vector<Totals> totals(vectors<T>(channels));
     for (int64_t s = to; s-- > from;) {
-      std::vector<typename Job::Second::Totals> totals((channels + kLanes<V> - 1) / kLanes<V>);
-      walk_channels(job.second(0, 0), s * rows / slices, (s + 1) * rows / slices, channels,
-                    totals.data());
-      for (int64_t c = 0; c < channels; ++c) {
-        job.take(c, totals[c / kLanes<V>], PickLane{c % kLanes<V>});
-      }
+      const int64_t begin = s * rows / slices, end = (s + 1) * rows / slices;
+      walk_columns(job.second(0, begin * channels), end - begin, channels, channels, totals.data());
     }
+    for (int64_t c = 0; c < channels; ++c) job.take(c, PickColumns<T, Totals>{totals, c, 1});
   });
 }
 
 template <typename T, typename Job>
 void run_job(const Span& span, Job& job) {
   if (span.inner == 1) {
-    run_channels<T>(span, job);
+    run_rows<T>(span, job);
   } else {
     run_planes<T>(span, job);
   }

@@ -2,18 +2,15 @@
 // instruction set, each time into a namespace of its own.
 //
 // A vector is 64 bytes of floats or doubles, written with the compiler's vector extension: one
-// AVX-512 register, two of AVX2, four of SSE. walk_channels takes kLanes channels at a time in
-// blocks of kBlock rows, so that what belongs to a channel stays in registers while its block goes
-// by. Sums are kept in the compute type for at most kBlock vectors and in double after that.
-//
-// A pass that follows another over the same memory runs backwards: what was read last is what the
-// cache still holds.
+// AVX-512 register, two of AVX2, four of SSE. 64 bytes of bfloat16 are two vectors ("parts"), that
+// of the elements at even places and that of those at odd ones: then a shift or a mask makes floats
+// of them and puts them back. Sums are kept in the compute type for a block of at most kBlock
+// vectors and in double after that.
 
 using Floats = float __attribute__((vector_size(64)));
 using Doubles = double __attribute__((vector_size(64)));
 using HalfFloats = float __attribute__((vector_size(32)));
 using Words = uint32_t __attribute__((vector_size(64)));
-using Shorts = uint16_t __attribute__((vector_size(32)));
 
 template <typename V>
 using Wide = std::conditional_t<std::is_same_v<V, double>, Doubles, Floats>;
@@ -21,71 +18,65 @@ using Wide = std::conditional_t<std::is_same_v<V, double>, Doubles, Floats>;
 template <typename V>
 using Flags = decltype(Wide<V>{} < Wide<V>{});
 
-// Elements p[0..kLanes) in the type that is computed in; with kSome the first n, then zeros.
-template <typename T, bool kSome>
+// Elements p[0..kWidth) that belong to a part; with kSome those of the first n, and zeros.
+template <typename T, int kPart, bool kSome>
 LC_INLINE void load(const T* p, int64_t n, Wide<Compute<T>>& v) {
   if constexpr (kSome) {
-    T filled[kLanes<Compute<T>>] = {};
+    T filled[kWidth<T>] = {};
     std::memcpy(filled, p, n * sizeof(T));
-    load<T, false>(filled, n, v);
+    load<T, kPart, false>(filled, n, v);
   } else if constexpr (std::is_same_v<T, BFloat16>) {
-    Shorts bits;
-    std::memcpy(&bits, p, sizeof(bits));
-    const Words words = __builtin_convertvector(bits, Words) << 16;
-    std::memcpy(&v, &words, sizeof(v));
+    Words pairs;
+    std::memcpy(&pairs, p, sizeof(pairs));
+    v = kPart == 0 ? (Floats)(pairs << 16) : (Floats)(pairs & 0xffff0000);
   } else if constexpr (std::is_same_v<T, Half>) {
-    for (int64_t i = 0; i < kLanes<float>; ++i) v[i] = static_cast<float>(p[i]);
+    for (int64_t i = 0; i < kWidth<T>; ++i) v[i] = static_cast<float>(p[i]);
   } else {
     std::memcpy(&v, p, sizeof(v));
   }
 }
 
-// v as it is after a round trip through T. NaN stays NaN.
+// v as it is after a round trip through T. A NaN whose lower half is not zero may become anything:
+// there is none, see doubles_of().
 template <typename T>
 LC_INLINE void round_to(Wide<Compute<T>>& v) {
   if constexpr (std::is_same_v<T, BFloat16>) {
-    Words bits;
-    std::memcpy(&bits, &v, sizeof(bits));
-    bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;  // to nearest, ties to even
-    Floats rounded;
-    std::memcpy(&rounded, &bits, sizeof(bits));
-    v = v == v ? rounded : v;  // the carry may turn a NaN into anything
+    const Words bits = (Words)v;
+    v = (Floats)((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000);  // to nearest, ties to even
   } else if constexpr (std::is_same_v<T, Half>) {
-    for (int64_t i = 0; i < kLanes<float>; ++i) v[i] = static_cast<float>(static_cast<Half>(v[i]));
+    for (int64_t i = 0; i < kWidth<T>; ++i) v[i] = static_cast<float>(static_cast<Half>(v[i]));
   }
 }
 
-// v, a result of round_to<T>, goes to p[0..kLanes); with kSome its first n lanes.
+// All parts, results of round_to<T>, go to p[0..kWidth); with kSome the first n elements.
 template <typename T, bool kSome>
-LC_INLINE void store(T* p, int64_t n, const Wide<Compute<T>>& v) {
+LC_INLINE void store(T* p, int64_t n, const Wide<Compute<T>> (&parts)[kParts<T>]) {
   if constexpr (kSome) {
-    T all[kLanes<Compute<T>>];
-    store<T, false>(all, n, v);
+    T all[kWidth<T>];
+    store<T, false>(all, n, parts);
     std::memcpy(p, all, n * sizeof(T));
   } else if constexpr (std::is_same_v<T, BFloat16>) {
-    Words bits;
-    std::memcpy(&bits, &v, sizeof(bits));
-    const Shorts shorts = __builtin_convertvector(bits >> 16, Shorts);
-    std::memcpy(p, &shorts, sizeof(shorts));
+    const Words pairs = ((Words)parts[0] >> 16) | (Words)parts[1];
+    std::memcpy(p, &pairs, sizeof(pairs));
   } else if constexpr (std::is_same_v<T, Half>) {
-    for (int64_t i = 0; i < kLanes<float>; ++i) p[i] = static_cast<Half>(v[i]);
+    for (int64_t i = 0; i < kWidth<T>; ++i) p[i] = static_cast<Half>(parts[0][i]);
   } else {
-    std::memcpy(p, &v, sizeof(v));
+    std::memcpy(p, &parts[0], sizeof(parts[0]));
   }
 }
 
-// -1 in the first n lanes, 0 in the others.
-template <typename V>
-LC_INLINE Flags<V> first_lanes(int64_t n) {
-  Flags<V> flags;
-  for (int64_t i = 0; i < kLanes<V>; ++i) flags[i] = i < n ? -1 : 0;
+// -1 in the lanes of a part that hold one of the first n elements, 0 in the others.
+template <typename T, int kPart>
+LC_INLINE Flags<Compute<T>> first_lanes(int64_t n) {
+  Flags<Compute<T>> flags;
+  for (int64_t i = 0; i < kLanes<Compute<T>>; ++i) flags[i] = i * kParts<T> + kPart < n ? -1 : 0;
   return flags;
 }
 
-// The lanes from n on become zero.
-template <typename V>
-LC_INLINE void keep_first(int64_t n, Wide<V>& v) {
-  v = first_lanes<V>(n) ? v : Wide<V>{};
+// The lanes of other elements than the first n become zero.
+template <typename T, int kPart>
+LC_INLINE void keep_first(int64_t n, Wide<Compute<T>>& v) {
+  v = first_lanes<T, kPart>(n) ? v : Wide<Compute<T>>{};
 }
 
 // sums[i] += v[i], in double.
@@ -96,9 +87,9 @@ LC_INLINE void add_lanes(double* sums, const Doubles& v) {
   std::memcpy(sums, &sum, sizeof(sum));
 }
 LC_INLINE void add_lanes(double* sums, const Floats& v) {
-  HalfFloats low, high;
-  std::memcpy(&low, &v, sizeof(low));
-  std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
+  // not memcpy: a vector whose address is taken does not stay in a register
+  const HalfFloats low = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+  const HalfFloats high = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
   add_lanes(sums, __builtin_convertvector(low, Doubles));
   add_lanes(sums + 8, __builtin_convertvector(high, Doubles));
 }
@@ -110,29 +101,37 @@ LC_INLINE void add_counts(Int* counts, const Lanes& more) {
   std::memcpy(counts, &count, sizeof(count));
 }
 
-// The number of channel c in all lanes; the numbers of kLanes channels from c on.
+// The number of channel c in all lanes; the numbers of a part of the kWidth columns from c on.
+template <typename T, int kPart>
 struct FillAll {
   int64_t c;
-  template <typename V>
-  LC_INLINE void operator()(const V* numbers, Wide<V>& v) const {
-    v = numbers[c] - Wide<V>{};
+  LC_INLINE void operator()(const Compute<T>* numbers, Wide<Compute<T>>& v) const {
+    v = numbers[c] - Wide<Compute<T>>{};
   }
 };
+template <typename T, int kPart>
 struct FillEach {
   int64_t c;
-  template <typename V>
-  LC_INLINE void operator()(const V* numbers, Wide<V>& v) const {
+  LC_INLINE void operator()(const Compute<T>* numbers, Wide<Compute<T>>& v) const {
     std::memcpy(&v, numbers + c, sizeof(v));
+    if constexpr (kParts<T> == 2) {
+      Floats next;
+      std::memcpy(&next, numbers + c + 16, sizeof(next));
+      constexpr int k = kPart;
+      v = __builtin_shufflevector(v, next, k, k + 2, k + 4, k + 6, k + 8, k + 10, k + 12, k + 14,
+                                  k + 16, k + 18, k + 20, k + 22, k + 24, k + 26, k + 28, k + 30);
+    }
   }
 };
 
 // Functors: y from z, and what is left of the gradient g of y; as in torch, also for NaN. kExact: y
-// is a value that z's dtype has, without another rounding.
+// is a value that z's dtype has, without another rounding. kSign: the mask asks for z's sign alone.
 template <Kind kind>
 struct Functor;
 template <>
 struct Functor<Kind::relu> {
   static constexpr bool kExact = true;
+  static constexpr bool kSign = true;
   template <typename W, typename V>
   static LC_INLINE void apply(const W& z, V, W& y) {
     y = z < W{} ? W{} : z;
@@ -145,6 +144,7 @@ struct Functor<Kind::relu> {
 template <>
 struct Functor<Kind::relu6> {
   static constexpr bool kExact = true;
+  static constexpr bool kSign = false;
   template <typename W, typename V>
   static LC_INLINE void apply(const W& z, V, W& y) {
     const W low = z < W{} ? W{} : z;
@@ -159,6 +159,7 @@ struct Functor<Kind::relu6> {
 template <>
 struct Functor<Kind::leaky_relu> {
   static constexpr bool kExact = false;
+  static constexpr bool kSign = true;
   template <typename W, typename V>
   static LC_INLINE void apply(const W& z, V slope, W& y) {
     y = z > W{} ? z : z * slope;
@@ -171,6 +172,7 @@ struct Functor<Kind::leaky_relu> {
 template <>
 struct Functor<Kind::hardswish> {
   static constexpr bool kExact = false;
+  static constexpr bool kSign = false;
   template <typename W, typename V>
   static LC_INLINE void apply(const W& z, V slope, W& y) {
     Functor<Kind::relu6>::apply(z + V(3), slope, y);
@@ -186,9 +188,11 @@ struct Functor<Kind::hardswish> {
 
 // ---- steps
 //
-// Step<Pass>: Channel holds the numbers of one channel in all lanes, or of one channel per lane.
-// run() treats the elements `at` and on, a whole vector or, with kSome, the first n; what it sums
-// goes into a Chunk, which fold() adds to the Totals.
+// Step<Pass>: Channel holds the numbers of one channel in all lanes, or of one column per lane.
+// run() treats one part of the vector at `at`, with kSome of its first n elements: what it sums
+// goes into a Chunk, which fold() adds to the Totals; what it computes, to `out`, goes to
+// target(). prefetch() is for what comes a block or an outer index later: neither walk is regular
+// enough for the hardware, and without it memory decides (2 to 4 times the time at 16 MB).
 template <typename Pass>
 struct Step;
 
@@ -196,35 +200,41 @@ template <typename V>
 struct SumChunk {
   Wide<V> first{}, second{};
 };
-template <typename V>
-LC_INLINE void fold_sums(const SumChunk<V>& chunk, Sums<V>& totals) {
-  add_lanes(totals.first, chunk.first);
-  add_lanes(totals.second, chunk.second);
+template <typename T, int kPart>
+LC_INLINE void fold_sums(const SumChunk<Compute<T>>& chunk, Sums<T>& totals) {
+  constexpr int64_t slot = kPart * kLanes<Compute<T>>;
+  add_lanes(totals.first + slot, chunk.first);
+  add_lanes(totals.second + slot, chunk.second);
 }
 
 template <typename T>
 struct Step<MomentsPass<T>> {
+  using Pass = MomentsPass<T>;
   using V = Compute<T>;
   using Chunk = SumChunk<V>;
-  static constexpr bool kBackwards = false;
+  static constexpr bool kStores = false;
+  static LC_INLINE void prefetch(const Pass& pass, int64_t at) { __builtin_prefetch(pass.x + at); }
   struct Channel {
     Wide<V> center;
   };
   template <typename Fill>
-  static LC_INLINE void fill(const MomentsPass<T>& pass, const Fill& fill, Channel& c) {
+  static LC_INLINE void fill(const Pass& pass, const Fill& fill, Channel& c) {
     fill(pass.center, c.center);
   }
-  template <bool kSome>
-  static LC_INLINE void run(const MomentsPass<T>& pass, int64_t at, int64_t n, const Channel& c,
-                            Chunk& chunk) {
+  template <int kPart, bool kSome>
+  static LC_INLINE void run(const Pass& pass, int64_t at, int64_t n, const Channel& c, Chunk& chunk,
+                            Wide<V>&) {
     Wide<V> v;
-    load<T, kSome>(pass.x + at, n, v);
+    load<T, kPart, kSome>(pass.x + at, n, v);
     v -= c.center;
-    if constexpr (kSome) keep_first<V>(n, v);
+    if constexpr (kSome) keep_first<T, kPart>(n, v);
     chunk.first += v;
     chunk.second += v * v;
   }
-  static LC_INLINE void fold(const Chunk& chunk, Sums<V>& totals) { fold_sums(chunk, totals); }
+  template <int kPart>
+  static LC_INLINE void fold(const Chunk& chunk, Sums<T>& totals) {
+    fold_sums<T, kPart>(chunk, totals);
+  }
 };
 
 template <typename V>
@@ -237,55 +247,71 @@ LC_INLINE void fill_channel(const Normalization<V>& z, const Fill& fill, Normali
   fill(z.alpha, c.alpha);
   fill(z.beta, c.beta);
 }
-template <typename T>
-LC_INLINE void normalize(const NormalizedChannel<Compute<T>>& c, const Wide<Compute<T>>& x,
-                         Wide<Compute<T>>& z) {
-  z = (x - c.mean) * c.alpha + c.beta;
-  round_to<T>(z);
-}
 
 template <typename Rectifier, typename T>
 struct Step<RectifyPass<Rectifier, T>> {
   using Pass = RectifyPass<Rectifier, T>;
   using V = Compute<T>;
   using W = Wide<V>;
-  static constexpr bool kBackwards = true;
   using Channel = NormalizedChannel<V>;
+  static constexpr bool kStores = true;
   struct Chunk {
     Flags<V> positive{}, negative{}, nan{}, extra{};
   };
+  static LC_INLINE T* target(const Pass& pass) { return pass.y; }
+  static LC_INLINE void prefetch(const Pass& pass, int64_t at) {
+    __builtin_prefetch(pass.x + at);
+    __builtin_prefetch(pass.y + at, 1);
+  }
   template <typename Fill>
   static LC_INLINE void fill(const Pass& pass, const Fill& fill, Channel& c) {
     fill_channel(pass.z, fill, c);
   }
-  template <bool kSome>
-  static LC_INLINE void run(const Pass& pass, int64_t at, int64_t n, const Channel& c,
-                            Chunk& chunk) {
+  template <int kPart, bool kSome>
+  static LC_INLINE void run(const Pass& pass, int64_t at, int64_t n, const Channel& c, Chunk& chunk,
+                            W& out) {
     using Apply = Functor<Rectifier::kind>;
-    W v, z, y;
-    load<T, kSome>(pass.x + at, n, v);
-    normalize<T>(c, v, z);
-    Apply::apply(z, pass.slope, y);
-    if constexpr (!Apply::kExact) round_to<T>(y);
-    store<T, kSome>(pass.y + at, n, y);
-    if constexpr (kSome) keep_first<V>(n, z);  // no counter counts zeros
+    W v;
+    load<T, kPart, kSome>(pass.x + at, n, v);
+    W z = (v - c.mean) * c.alpha + c.beta;
+    round_to<T>(z);
+    Apply::apply(z, pass.slope, out);
+    if constexpr (!Apply::kExact) round_to<T>(out);
+    if constexpr (kSome) keep_first<T, kPart>(n, z);  // no counter counts zeros
     chunk.positive -= z > W{};
     chunk.negative -= z < W{};
     chunk.nan -= z != z;
     if constexpr (Rectifier::kind == Kind::relu6) chunk.extra -= z > W{} + V(6);
     if constexpr (Rectifier::kind == Kind::hardswish) {
       Flags<V> inside = (z > W{} - V(3)) & (z < W{} + V(3));
-      if constexpr (kSome) inside &= first_lanes<V>(n);  // this one would
+      if constexpr (kSome) inside &= first_lanes<T, kPart>(n);  // this one would
       chunk.extra -= inside;
     }
   }
-  static LC_INLINE void fold(const Chunk& chunk, LaneCounts<V>& totals) {
-    add_counts(totals.positive, chunk.positive);
-    add_counts(totals.negative, chunk.negative);
-    add_counts(totals.nan, chunk.nan);
-    if constexpr (count_rows(Rectifier::kind) > 3) add_counts(totals.extra, chunk.extra);
+  template <int kPart>
+  static LC_INLINE void fold(const Chunk& chunk, LaneCounts<T>& totals) {
+    constexpr int64_t slot = kPart * kLanes<V>;
+    add_counts(totals.positive + slot, chunk.positive);
+    add_counts(totals.negative + slot, chunk.negative);
+    add_counts(totals.nan + slot, chunk.nan);
+    if constexpr (count_rows(Rectifier::kind) > 3) add_counts(totals.extra + slot, chunk.extra);
   }
 };
+
+// d = x - mean and g = the gradient of z.
+template <typename Rectifier, typename T, int kPart, bool kSome, typename Pass>
+LC_INLINE void load_grad(const Pass& pass, int64_t at, int64_t n,
+                         const NormalizedChannel<Compute<T>>& c, Wide<Compute<T>>& d,
+                         Wide<Compute<T>>& g) {
+  using Mask = Functor<Rectifier::kind>;
+  load<T, kPart, kSome>(pass.x + at, n, d);
+  load<T, kPart, kSome>(pass.grad + at, n, g);
+  d -= c.mean;
+  Wide<Compute<T>> z = d * c.alpha + c.beta;
+  // Rounding to bfloat16 changes no sign but that of what underflows.
+  if constexpr (!Mask::kSign || !std::is_same_v<T, BFloat16>) round_to<T>(z);
+  Mask::mask(z, pass.slope, g);
+}
 
 template <typename Rectifier, typename T>
 struct Step<GradSumsPass<Rectifier, T>> {
@@ -293,28 +319,32 @@ struct Step<GradSumsPass<Rectifier, T>> {
   using V = Compute<T>;
   using Chunk = SumChunk<V>;
   using Channel = NormalizedChannel<V>;
-  static constexpr bool kBackwards = false;
+  static constexpr bool kStores = false;
+  static LC_INLINE void prefetch(const Pass& pass, int64_t at) {
+    __builtin_prefetch(pass.x + at);
+    __builtin_prefetch(pass.grad + at);
+  }
   template <typename Fill>
   static LC_INLINE void fill(const Pass& pass, const Fill& fill, Channel& c) {
     fill_channel(pass.z, fill, c);
   }
-  template <bool kSome>
-  static LC_INLINE void run(const Pass& pass, int64_t at, int64_t n, const Channel& c,
-                            Chunk& chunk) {
-    Wide<V> v, z, g;
-    load<T, kSome>(pass.x + at, n, v);
-    load<T, kSome>(pass.grad + at, n, g);
-    normalize<T>(c, v, z);
-    Functor<Rectifier::kind>::mask(z, pass.slope, g);
-    Wide<V> product = g * (v - c.mean);
+  template <int kPart, bool kSome>
+  static LC_INLINE void run(const Pass& pass, int64_t at, int64_t n, const Channel& c, Chunk& chunk,
+                            Wide<V>&) {
+    Wide<V> d, g;
+    load_grad<Rectifier, T, kPart, kSome>(pass, at, n, c, d, g);
+    d *= g;
     if constexpr (kSome) {
-      keep_first<V>(n, g);
-      keep_first<V>(n, product);
+      keep_first<T, kPart>(n, g);
+      keep_first<T, kPart>(n, d);
     }
     chunk.first += g;
-    chunk.second += product;
+    chunk.second += d;
   }
-  static LC_INLINE void fold(const Chunk& chunk, Sums<V>& totals) { fold_sums(chunk, totals); }
+  template <int kPart>
+  static LC_INLINE void fold(const Chunk& chunk, Sums<T>& totals) {
+    fold_sums<T, kPart>(chunk, totals);
+  }
 };
 
 template <typename Rectifier, typename T>
@@ -322,11 +352,17 @@ struct Step<GradPass<Rectifier, T>> {
   using Pass = GradPass<Rectifier, T>;
   using V = Compute<T>;
   using Chunk = Nothing;
-  static constexpr bool kBackwards = true;
+  static constexpr bool kStores = true;
   struct Channel {
     NormalizedChannel<V> z;
     Wide<V> scale, tilt, offset;
   };
+  static LC_INLINE T* target(const Pass& pass) { return pass.dx; }
+  static LC_INLINE void prefetch(const Pass& pass, int64_t at) {
+    __builtin_prefetch(pass.x + at);
+    __builtin_prefetch(pass.grad + at);
+    __builtin_prefetch(pass.dx + at, 1);
+  }
   template <typename Fill>
   static LC_INLINE void fill(const Pass& pass, const Fill& fill, Channel& c) {
     fill_channel(pass.z, fill, c.z);
@@ -334,81 +370,104 @@ struct Step<GradPass<Rectifier, T>> {
     fill(pass.tilt, c.tilt);
     fill(pass.offset, c.offset);
   }
-  template <bool kSome>
-  static LC_INLINE void run(const Pass& pass, int64_t at, int64_t n, const Channel& c, Chunk&) {
-    Wide<V> v, z, g;
-    load<T, kSome>(pass.x + at, n, v);
-    load<T, kSome>(pass.grad + at, n, g);
-    normalize<T>(c.z, v, z);
-    Functor<Rectifier::kind>::mask(z, pass.slope, g);
-    Wide<V> dx = c.scale * g + (c.tilt * (v - c.z.mean) + c.offset);
-    round_to<T>(dx);
-    store<T, kSome>(pass.dx + at, n, dx);
+  template <int kPart, bool kSome>
+  static LC_INLINE void run(const Pass& pass, int64_t at, int64_t n, const Channel& c, Chunk&,
+                            Wide<V>& out) {
+    Wide<V> d, g;
+    load_grad<Rectifier, T, kPart, kSome>(pass, at, n, c.z, d, g);
+    out = c.scale * g + (c.tilt * d + c.offset);
+    round_to<T>(out);
   }
+  template <int kPart>
   static LC_INLINE void fold(const Chunk&, Nothing&) {}
 };
 
 // ---- walks: see bn_walks.h
 
-inline constexpr int64_t kBlock = 8;
+// The parts of one vector or channel. Members, because arrays do not stay in registers.
+template <typename Pass, template <typename, int> typename Fill>
+struct Block {
+  using Work = Step<Pass>;
+  using T = typename Pass::Element;
+  typename Work::Channel channel[kParts<T>];
+  typename Work::Chunk chunk[kParts<T>];
+
+  LC_INLINE void fill(const Pass& pass, int64_t c) {
+    Work::fill(pass, Fill<T, 0>{c}, channel[0]);
+    if constexpr (kParts<T> == 2) Work::fill(pass, Fill<T, 1>{c}, channel[1]);
+  }
+  template <bool kSome>
+  LC_INLINE void run(const Pass& pass, int64_t at, int64_t n) {
+    Wide<Compute<T>> out[kParts<T>];
+    Work::template run<0, kSome>(pass, at, n, channel[0], chunk[0], out[0]);
+    if constexpr (kParts<T> == 2) {
+      Work::template run<1, kSome>(pass, at, n, channel[1], chunk[1], out[1]);
+    }
+    if constexpr (Work::kStores) store<T, kSome>(Work::target(pass) + at, n, out);
+  }
+  LC_INLINE void fold(typename Pass::Totals& totals) {
+    Work::template fold<0>(chunk[0], totals);
+    if constexpr (kParts<T> == 2) Work::template fold<1>(chunk[1], totals);
+    for (auto& part : chunk) part = {};
+  }
+};
 
 template <typename Pass>
 void walk_planes(const Pass& shared, int64_t outer, int64_t stride, int64_t group, int64_t inner,
                  typename Pass::Totals* totals) {
-  using Work = Step<Pass>;
-  constexpr int64_t kStep = kLanes<Compute<typename Pass::Element>>;
+  constexpr int64_t kStep = kWidth<typename Pass::Element>;
+  constexpr int64_t kBlock = 16;
   const Pass pass = shared;  // a local copy, which the stores of the loop cannot change
   const int64_t whole = inner / kStep * kStep;
   for (int64_t n = 0; n < outer; ++n) {
-    const int64_t first = (Work::kBackwards ? outer - 1 - n : n) * stride;
+    const int64_t first = n * stride;
     for (int64_t c = 0; c < group; ++c) {
       const int64_t row = first + c * inner;
-      typename Work::Channel channel;
-      Work::fill(pass, FillAll{c}, channel);
+      Block<Pass, FillAll> block{};
+      block.fill(pass, c);
       for (int64_t start = 0; start < whole; start += kBlock * kStep) {
-        typename Work::Chunk chunk{};
         const int64_t stop = std::min(start + kBlock * kStep, whole);
         for (int64_t i = start; i < stop; i += kStep) {
-          Work::template run<false>(pass, row + i, kStep, channel, chunk);
+          Step<Pass>::prefetch(pass, row + i + stride);
+          block.template run<false>(pass, row + i, kStep);
         }
-        Work::fold(chunk, totals[c]);
+        block.fold(totals[c]);
       }
       if (whole < inner) {
-        typename Work::Chunk chunk{};
-        Work::template run<true>(pass, row + whole, inner - whole, channel, chunk);
-        Work::fold(chunk, totals[c]);
+        block.template run<true>(pass, row + whole, inner - whole);
+        block.fold(totals[c]);
       }
     }
   }
 }
 
 template <typename Pass>
-void walk_channels(const Pass& shared, int64_t from, int64_t to, int64_t channels,
-                   typename Pass::Totals* totals) {
-  using Work = Step<Pass>;
-  constexpr int64_t kStep = kLanes<Compute<typename Pass::Element>>;
+void walk_columns(const Pass& shared, int64_t rows, int64_t stride, int64_t columns,
+                  typename Pass::Totals* totals) {
+  constexpr int64_t kStep = kWidth<typename Pass::Element>;
+  constexpr int64_t kBlock = 8;
   const Pass pass = shared;
-  const int64_t whole = channels / kStep * kStep;
-  for (int64_t done = from; done < to; done += kBlock) {
-    const int64_t rows = std::min(kBlock, to - done);
-    const int64_t first = (Work::kBackwards ? from + to - done - rows : done) * channels;
-    const int64_t last = first + rows * channels;
-    typename Work::Channel channel;
+  const int64_t whole = columns / kStep * kStep;
+  for (int64_t done = 0; done < rows; done += kBlock) {
+    const int64_t count = std::min(kBlock, rows - done);
+    const int64_t first = done * stride;
+    const int64_t last = first + count * stride;
     for (int64_t c = 0; c < whole; c += kStep) {
-      Work::fill(pass, FillEach{c}, channel);
-      typename Work::Chunk chunk{};
-      for (int64_t at = first + c; at < last; at += channels) {
-        Work::template run<false>(pass, at, kStep, channel, chunk);
+      Block<Pass, FillEach> block{};
+      block.fill(pass, c);
+      for (int64_t at = first + c; at < last; at += stride) {
+        Step<Pass>::prefetch(pass, at + kBlock * stride);
+        block.template run<false>(pass, at, kStep);
       }
-      Work::fold(chunk, totals[c / kStep]);
+      block.fold(totals[c / kStep]);
     }
-    if (whole < channels) {
-      Work::fill(pass, FillEach{whole}, channel);
-      typename Work::Chunk chunk{};
-      for (int64_t at = first + whole; at < last; at += channels) {
-        Work::template run<true>(pass, at, channels - whole, channel, chunk);
+    if (whole < columns) {
+      Block<Pass, FillEach> block{};
+      block.fill(pass, whole);
+      for (int64_t at = first + whole; at < last; at += stride) {
+        block.template run<true>(pass, at, columns - whole);
       }
-      Work::fold(chunk, totals[whole / kStep]);
+      block.fold(totals[whole / kStep]);
     }
   }
 }

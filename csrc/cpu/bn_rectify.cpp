@@ -38,12 +38,13 @@ struct Forward {
   Affine<V> affine;
   V *mean, *invstd;                               // [C]
   std::vector<double> running_mean, running_var;  // [C]
+  std::vector<double> new_mean, new_var;          // [C], what training makes of them
   int64_t* counts;                                // [rows][C], or null when nothing is counted
   std::vector<V> center;
 
   // Where rows are channels a second traversal for one of them is a whole one: guess better.
   void guess_centers() {
-    center = per_channel<V>(span.channels);
+    center = padded<V>(span.channels);
     const int64_t samples = span.inner == 1 ? std::min(span.outer, kGuessRows) : 1;
     for (int64_t c = 0; c < span.channels; ++c) {
       double sum = 0;
@@ -72,8 +73,8 @@ struct Forward {
       return false;
     }
     use(c, average, var);
-    running_mean[c] += momentum * (average - running_mean[c]);
-    running_var[c] += momentum * (var * n / (n - 1) - running_var[c]);
+    new_mean[c] = running_mean[c] + momentum * (average - running_mean[c]);
+    new_var[c] = running_var[c] + momentum * (var * n / (n - 1) - running_var[c]);
     return true;
   }
 
@@ -84,13 +85,14 @@ struct Forward {
   }
 
   template <typename Pick>
-  void take(int64_t c, const LaneCounts<V>& found, const Pick& pick) {
+  void take(int64_t c, const Pick& pick) {
+    using Found = typename Second::Totals;
     if (!counts) return;
-    add_to_cell(counts + c, pick(found.positive));
-    add_to_cell(counts + span.channels + c, pick(found.negative));
-    add_to_cell(counts + 2 * span.channels + c, pick(found.nan));
+    add_to_cell(counts + c, pick(&Found::positive));
+    add_to_cell(counts + span.channels + c, pick(&Found::negative));
+    add_to_cell(counts + 2 * span.channels + c, pick(&Found::nan));
     if constexpr (count_rows(Rectifier::kind) > 3) {
-      add_to_cell(counts + 3 * span.channels + c, pick(found.extra));
+      add_to_cell(counts + 3 * span.channels + c, pick(&Found::extra));
     }
   }
 };
@@ -148,6 +150,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_rectify(Tensor input, std::optional<Tensor
                                                 static_cast<V*>(invstd.mutable_data_ptr()),
                                                 doubles_of(running_mean, channels, 0.0),
                                                 doubles_of(running_var, channels, 0.0),
+                                                std::vector<double>(channels),
+                                                std::vector<double>(channels),
                                                 counted ? words + kLedgerHeader : nullptr,
                                                 {}};
                       if (training) {
@@ -157,8 +161,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_rectify(Tensor input, std::optional<Tensor
                           job.use(c, job.running_mean[c], job.running_var[c]);
                       }
                       run_job<T>(job.span, job);
-                      if (training && running_mean) write_doubles(job.running_mean, *running_mean);
-                      if (training && running_var) write_doubles(job.running_var, *running_var);
+                      if (training && running_mean) write_doubles(job.new_mean, *running_mean);
+                      if (training && running_var) write_doubles(job.new_var, *running_var);
                     });
   });
   if (counted) {

@@ -54,7 +54,7 @@ struct Backward {
   }
 
   template <typename Pick>
-  void take(int64_t, const typename Second::Totals&, const Pick&) {}
+  void take(int64_t, const Pick&) {}
 };
 
 std::tuple<Tensor, Tensor, Tensor> bn_rectify_backward(Tensor grad, Tensor input,
@@ -104,9 +104,9 @@ std::tuple<Tensor, Tensor, Tensor> bn_rectify_backward(Tensor grad, Tensor input
                                                  static_cast<V>(slope),
                                                  {weight, bias, channels},
                                                  inverses,
-                                                 per_channel<V>(channels),
-                                                 per_channel<V>(channels),
-                                                 per_channel<V>(channels),
+                                                 padded<V>(channels),
+                                                 padded<V>(channels),
+                                                 padded<V>(channels),
                                                  std::vector<double>(channels),
                                                  std::vector<double>(channels)};
                       for (int64_t c = 0; c < channels; ++c)

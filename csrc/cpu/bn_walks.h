@@ -51,8 +51,8 @@ inline InstructionSet instruction_set() {
 #endif
 }
 
-// A group of channels whose data begin at offset 0; from one outer index to the next lies `stride`.
-// Adds to totals[0..group).
+// A group of channels; from one outer index to the next lies `stride`. Each of its rows of `inner`
+// elements is one channel's. Adds to totals[0..group).
 template <typename Pass>
 void walk_planes(const Pass& pass, int64_t outer, int64_t stride, int64_t group, int64_t inner,
                  typename Pass::Totals* totals) {
@@ -69,21 +69,23 @@ void walk_planes(const Pass& pass, int64_t outer, int64_t stride, int64_t group,
   baseline::walk_planes(pass, outer, stride, group, inner, totals);
 }
 
-// Rows [from, to) of all channels. Adds to totals[0..ceil(C / kLanes)).
+// Rows of `columns` elements, `stride` apart; every column has its own numbers. A vector of columns
+// is taken through several rows at a time, so that what belongs to them stays in registers. Adds to
+// totals[0..ceil(columns / kWidth)).
 template <typename Pass>
-void walk_channels(const Pass& pass, int64_t from, int64_t to, int64_t channels,
-                   typename Pass::Totals* totals) {
+void walk_columns(const Pass& pass, int64_t rows, int64_t stride, int64_t columns,
+                  typename Pass::Totals* totals) {
 #ifdef LC_BN_SETS
   switch (instruction_set()) {
     case InstructionSet::avx512:
-      return avx512::walk_channels(pass, from, to, channels, totals);
+      return avx512::walk_columns(pass, rows, stride, columns, totals);
     case InstructionSet::avx2:
-      return avx2::walk_channels(pass, from, to, channels, totals);
+      return avx2::walk_columns(pass, rows, stride, columns, totals);
     default:
       break;
   }
 #endif
-  baseline::walk_channels(pass, from, to, channels, totals);
+  baseline::walk_columns(pass, rows, stride, columns, totals);
 }
 
 }  // namespace layer_collapse
