@@ -42,9 +42,9 @@ struct PickColumns {
   template <typename Member>
   auto operator()(Member member) const {
     auto sum = (totals[0].*member)[0] * 0;
-    for (int64_t column = first; column < first + count; ++column) {
-      const int64_t place = column % kWidth<T>;
-      const int64_t slot = place % kParts<T> * kLanes<Compute<T>> + place / kParts<T>;
+    for (uint64_t column = first; column < static_cast<uint64_t>(first + count); ++column) {
+      const uint64_t place = column % kWidth<T>;  // unsigned: these are shifts and masks
+      const uint64_t slot = place % kParts<T> * kLanes<Compute<T>> + place / kParts<T>;
       sum += (totals[column / kWidth<T>].*member)[slot];
     }
     return sum;
@@ -63,7 +63,6 @@ struct PickAll {
   }
 };
 
-inline constexpr int64_t kSmallPlane = 64;       // elements
 inline constexpr int64_t kGroupBytes = 1 << 14;  // of a group's rows at one outer index
 inline constexpr int64_t kSliceBytes = 1 << 18;
 inline constexpr int64_t kMinSliceRows = 64;
@@ -152,7 +151,7 @@ void run_planes(const Span& span, Job& job) {
   torch::stable::parallel_for(0, groups, grain, [&](int64_t from, int64_t to) {
     for (int64_t g = from; g < to; ++g) {
       const int64_t begin = g * group, count = std::min(group, span.channels - begin);
-      if (span.inner <= kSmallPlane) {
+      if (span.inner <= 2 * kWidth<T>) {
         run_small_planes<T>(span, begin, count, job);
       } else {
         run_large_planes<T>(span, begin, count, job);

@@ -1,7 +1,8 @@
 // The walks over memory that apply a pass of bn_passes.h, for the instruction set of the machine.
 //
 // Not LC_CLONES: the compiler takes vectors that the baseline lacks apart before it makes clones.
-// So the loops are compiled once per instruction set instead, by an include each.
+// So the loops are compiled once per instruction set instead, by an include each. AVX-512 fuses
+// products and sums, as torch does: its last bits differ from those of the others.
 #pragma once
 
 #include <algorithm>
@@ -14,6 +15,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define LC_BN_SETS
+#include <immintrin.h>
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a call that is not inlined
 #endif
 
@@ -32,9 +34,11 @@ namespace avx2 {
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4")
+#define LC_BN_AVX512  // the compiler does not define its own macros for this pragma
 namespace avx512 {
 #include "cpu/bn_loops.h"
 }
+#undef LC_BN_AVX512
 #pragma GCC pop_options
 #endif
 
