@@ -17,6 +17,7 @@
 #define LC_BN_SETS
 #include <immintrin.h>
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a call that is not inlined
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // said of GCC 12's own intrinsics
 #endif
 
 namespace layer_collapse {
