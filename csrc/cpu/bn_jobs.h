@@ -41,7 +41,7 @@ struct PickColumns {
 
   template <typename Member>
   auto operator()(Member member) const {
-    auto sum = (totals[0].*member)[0] * 0;
+    std::decay_t<decltype((totals[0].*member)[0])> sum = 0;
     for (uint64_t column = first; column < static_cast<uint64_t>(first + count); ++column) {
       const uint64_t place = column % kWidth<T>;  // unsigned: these are shifts and masks
       const uint64_t slot = place % kParts<T> * kLanes<Compute<T>> + place / kParts<T>;

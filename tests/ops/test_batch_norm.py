@@ -142,6 +142,7 @@ def test_errors_are_at_most_twice_those_of_eager_code(
                 limit = 2.01 * worst(eager[name], exact[name])
                 # the derivative of Hardswish is taken at z as rounded
                 bent = kind.name == "hardswish" and name.startswith("d")
+                size *= 1 + sizes["y"] if bent else 1
                 limit += units * torch.finfo(dtype if bent else ours[name].dtype).eps * size
                 assert worst(ours[name], exact[name]) <= limit, (name, shape, mean)
 
@@ -157,6 +158,7 @@ def term_sizes(x: Tensor, norm: Norm, grad: Tensor) -> dict[str, float]:
     total = grad.double().abs().sum(dims)
     return {
         "y": x.abs().max().item() * factor,
+        "running_mean": x.abs().max().item(),
         "dx": grad.abs().max().item() * factor * (1 + spread.max().item() ** 2),
         "dbias": total.max().item(),
         "dweight": (total * spread).max().item(),
@@ -236,9 +238,8 @@ def test_any_shape_layout_and_values(
     # one traversal in double precision: torch's own variance overflows where this does not
     exact = run(bn_rectify_reference, kind, x.double(), clone(expected, torch.float64))
     assert ours["ledger"][POSITIONS] == size // shape[1]
-    nans = counts_of(ours["ledger"], kind)[2]
-    dims = [d for d in range(x.dim()) if d != 1]
-    assert torch.equal(nans, ours["y"].isnan().sum(dims))
+    nans = counts_of(exact["ledger"], kind)[2]  # not of y: Hardswish makes them of -inf
+    assert torch.equal(counts_of(ours["ledger"], kind)[2], nans)
     assert torch.equal(ours["y"].isnan(), exact["y"].isnan())
     scale = 1 + x.double().abs().nan_to_num(0, 0, 0).max()
     error = (ours["y"].double() - exact["y"]).nan_to_num(0, 0, 0).abs()
