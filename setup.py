@@ -42,6 +42,8 @@ SOURCES = [
     "csrc/cpu/rectify.cpp",
     "csrc/cpu/rectify_dense.cpp",
     *(f"csrc/cpu/machines/{machine}.cpp" for machine in ("avx512", "avx2", "baseline")),
+    "csrc/cpu/bn_rectify.cpp",
+    "csrc/cpu/bn_rectify_backward.cpp",
     "csrc/cpu/layer_entropies.cpp",
     "csrc/cpu/masked_step.cpp",
     "csrc/cpu/magnitude_select.cpp",

@@ -15,6 +15,16 @@ STABLE_TORCH_LIBRARY(layer_collapse, m) {
   m.def(
       "rectify_(Tensor(b!) x, Tensor(a!) ledger, int kind, int channel_dim, float slope, "
       "Tensor? weight, Tensor? valid) -> ()");
+  // y = rectifier(batch_norm(x)), its statistics (mean and 1 / sqrt(var + eps), [C], as it used
+  // them) and, in training, the running ones; adds the signs of what lies between to the ledger.
+  m.def(
+      "bn_rectify(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!) ledger, bool training, float momentum, float eps, "
+      "int kind, float slope) -> (Tensor, Tensor, Tensor)");
+  // Gradients of x, weight and bias (the last two [C], also where there is no such parameter).
+  m.def(
+      "bn_rectify_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, "
+      "Tensor invstd, bool training, int kind, float slope) -> (Tensor, Tensor, Tensor)");
   // Entropies and neuron states of several ledgers, each of its kind: summary [L, 8] float64
   // {positions, H over all, H over active, on, off, saturated, mixed, nonfinite}; then, with the
   // neurons of all ledgers one after the other, H [N] float64 and state [N] uint8.

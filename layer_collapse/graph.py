@@ -133,6 +133,7 @@ def _chain_inplace_rectifiers(root: nn.Module, graph: fx.Graph) -> None:
             for user in list(source.users):
                 if position[user] > position[node]:
                     user.replace_input_with(source, node)
+                    node.meta["result_ignored"] = True
 
 
 def _trace_once(model: nn.Module, concrete: dict[str, Any]) -> fx.GraphModule:

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..ops.eager import rectify_eager
 from ..ops.rectify import apply_torch, count_signs, new_ledger, rectify
+from .fusing import Pending, take_pending
 from .rectifiers import Call, Kind, module_call, parse_function
 from .sites import Site
 from .valid import positions_mask
@@ -130,12 +131,14 @@ class Tap:
             self.calls = index + 1
         if index not in self.counters:
             return apply_torch(call)
+        if type(call.x) is Pending:
+            return take_pending(call, self.counters[index])
         return self.counters[index].count(call, self.shared.valid)
 
     def _unexpected(self, call: Call) -> Tensor:
         # Activation checkpointing replays calls after the scope's forward: not counted again.
         if self.total and torch._C._current_graph_task_id() != -1:
-            return apply_torch(call)
+            return take_pending(call, None) if type(call.x) is Pending else apply_torch(call)
         raise RuntimeError(
             f"rectifier {self.name!r} is called more often than the traced graph shows "
             f"({self.total} calls): control flow hides it; leave it out with ignore=... or track "

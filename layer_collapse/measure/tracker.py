@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from ..graph import ExampleInputs, TraceError, rectifier_nodes, trace
 from ..ops.entropy import LiveEntropy, live_entropy
 from ..ops.rectify import COUNT, FLAGS, LIVE, POSITIONS
+from .fusing import PAIR, Pair, find_pairs, paired_class
 from .rectifiers import module_kind
 from .report import EntropyReport, measured
 from .sites import calls_per_forward, feeding_is_empty, find_sites, scope_of, source_of
@@ -40,6 +41,7 @@ class EntropyTracker:
         example_inputs: ExampleInputs,
         ignore: tuple[str, ...],
         live: bool = False,
+        fuse_bn: bool = False,
     ) -> None:
         self.model = _unwrapped(model)
         if any(hasattr(module, TAP) for module in self.model.modules()):
@@ -51,12 +53,18 @@ class EntropyTracker:
                 f"{type(self.model).__name__} has no rectifier to track; expected at least one of "
                 "ReLU, ReLU6, LeakyReLU, PReLU, GELU, SiLU, Hardswish"
             )
+        #: Fused pairs: name of the rectifier -> path of its batch norm.
+        self.fused: dict[str, str] = {}
         self._flags = COUNT | LIVE if live else COUNT
         self._shared = Shared()
         self._classes: list[tuple[nn.Module, type[nn.Module]]] = []
         self._hooks: list[Any] = []
         try:
+            pairs = find_pairs(graph, self.sites, self.model) if fuse_bn else {}
             self._counters = self._install(graph, ignore)
+            for name, (path, modules) in pairs.items():
+                self._pair(path, Pair(path, self._counters[name], self._shared, modules))
+                self.fused[name] = path
             self._watch_attention_mask()
             self.resume()
         except BaseException:
@@ -94,6 +102,12 @@ class EntropyTracker:
             module.__class__ = tracked_class(type(module), functional)
             module.__dict__[TAP] = tap
         return counters
+
+    def _pair(self, path: str, pair: Pair) -> None:
+        norm = self.model.get_submodule(path)
+        self._classes.append((norm, type(norm)))
+        norm.__class__ = paired_class(type(norm))
+        norm.__dict__[PAIR] = pair
 
     def _watch_attention_mask(self) -> None:
         """Take the mask of valid tokens from the model's own `attention_mask` argument."""
@@ -207,6 +221,7 @@ class EntropyTracker:
         for module, original in self._classes:
             module.__class__ = original
             module.__dict__.pop(TAP, None)
+            module.__dict__.pop(PAIR, None)
         for hook in self._hooks:
             hook.remove()
         self._classes, self._hooks = [], []
@@ -227,6 +242,7 @@ def track(
     *,
     ignore: tuple[str, ...] | list[str] = (),
     live: bool = False,
+    fuse_bn: bool = False,
 ) -> EntropyTracker:
     """Count, from now on, how every rectifier of ``model`` uses its non-linearity.
 
@@ -244,6 +260,12 @@ def track(
         ignore: names of rectifiers to leave alone.
         live: also let every forward reduce its counters to the layer's entropy as its last step,
             to be read by :meth:`EntropyTracker.live` at any time.
+        fuse_bn: on the CPU, let every ReLU, ReLU6, LeakyReLU and Hardswish that is the only reader
+            of a batch norm do the normalisation too, in one pass: faster than the untracked model.
+            Outputs, gradients and running statistics then agree with the untracked model's to
+            rounding and no longer bit for bit; counts are those of the values as rounded here.
+            ``tracker.fused`` lists the pairs. A value between the two that is needed after all
+            (changed control flow) is an error that names them.
 
     Returns:
         The tracker; as a context manager it ends with :meth:`EntropyTracker.remove`.
@@ -252,4 +274,4 @@ def track(
         TraceError: the model cannot be traced, or a rectifier cannot be instrumented; named.
         ValueError: there is no rectifier.
     """
-    return EntropyTracker(model, example_inputs, tuple(ignore), live)
+    return EntropyTracker(model, example_inputs, tuple(ignore), live, fuse_bn)
