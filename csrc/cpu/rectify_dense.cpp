@@ -5,13 +5,8 @@
 #include <string_view>
 
 #include "core/entropy.h"
+#include "cpu/ledger_writes.h"
 #include "cpu/rectify.h"
-
-// Exported by libtorch_cpu but not part of the stable ABI: -1 outside of a backward pass.
-// tests/test_abi.py calls it on every release that is supported.
-namespace torch::autograd {
-int get_current_graph_task_id();
-}
 
 namespace layer_collapse {
 
@@ -36,13 +31,11 @@ Machine machine() {
 
 void rectify_dense(const RectifyCall& call) {
   int64_t* ledger = call.ledger;
-  const bool counted =
-      (ledger[kFlags] & kCount) != 0 && torch::autograd::get_current_graph_task_id() == -1;
+  const bool counted = counts_now(ledger);
   const int64_t positions = call.outer * call.inner;
   if (counted) {
-    const std::lock_guard<std::mutex> lock(ledger_mutex());
-    ledger[kPositions] +=
-        call.valid ? std::count(call.valid, call.valid + positions, true) : positions;
+    add_to_cell(ledger + kPositions,
+                call.valid ? std::count(call.valid, call.valid + positions, true) : positions);
   }
   if (positions * call.channels == 0) return;
   if (!counted && is_smooth(call.kind)) return;
