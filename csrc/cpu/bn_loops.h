@@ -4,7 +4,7 @@
 // A vector is 64 bytes of floats or doubles, written with the compiler's vector extension: one
 // AVX-512 register, two of AVX2, four of SSE. 64 bytes of bfloat16 are two vectors ("parts"), that
 // of the elements at even places and that of those at odd ones: then a shift or a mask makes floats
-// of them and puts them back. Sums are kept in the compute type for a block of at most kBlock
+// of them and puts them back. Sums are kept in the compute type for a block of at most 16
 // vectors and in double after that.
 
 using Floats = float __attribute__((vector_size(64)));
@@ -432,6 +432,8 @@ struct Step<GradPass<Rectifier, T>> {
 
 // ---- walks: see bn_walks.h
 
+inline constexpr int64_t kAheadBytes = 4096;  // between what is prefetched and what is worked on
+
 // The parts of one vector or channel. Members, because arrays do not stay in registers.
 template <typename Pass, template <typename, int> typename Fill>
 struct Block {
@@ -467,6 +469,8 @@ void walk_planes(const Pass& shared, int64_t outer, int64_t stride, int64_t grou
   constexpr int64_t kBlock = 16;
   const Pass pass = shared;  // a local copy, which the stores of the loop cannot change
   const int64_t whole = inner / kStep * kStep;
+  // What the memory holds next, or the same channels of the next outer index.
+  const int64_t ahead = group * inner == stride ? kAheadBytes / 64 * kStep : stride;
   for (int64_t n = 0; n < outer; ++n) {
     const int64_t first = n * stride;
     for (int64_t c = 0; c < group; ++c) {
@@ -476,7 +480,7 @@ void walk_planes(const Pass& shared, int64_t outer, int64_t stride, int64_t grou
       for (int64_t start = 0; start < whole; start += kBlock * kStep) {
         const int64_t stop = std::min(start + kBlock * kStep, whole);
         for (int64_t i = start; i < stop; i += kStep) {
-          Step<Pass>::prefetch(pass, row + i + stride);
+          Step<Pass>::prefetch(pass, row + i + ahead);
           block.template run<false>(pass, row + i, kStep);
         }
         block.fold(totals[c]);
@@ -493,18 +497,22 @@ template <typename Pass>
 void walk_columns(const Pass& shared, int64_t rows, int64_t stride, int64_t columns,
                   typename Pass::Totals* totals) {
   constexpr int64_t kStep = kWidth<typename Pass::Element>;
-  constexpr int64_t kBlock = 8;
+  using T = typename Pass::Element;
+  // A block and what is fetched ahead of it must fit into the first-level cache.
+  const int64_t row_bytes = std::max<int64_t>(1, columns * static_cast<int64_t>(sizeof(T)));
+  const int64_t block_rows = std::clamp<int64_t>(8192 / row_bytes, 4, 8);
+  const int64_t ahead = std::max<int64_t>(block_rows, kAheadBytes / row_bytes) * stride;
   const Pass pass = shared;
   const int64_t whole = columns / kStep * kStep;
-  for (int64_t done = 0; done < rows; done += kBlock) {
-    const int64_t count = std::min(kBlock, rows - done);
+  for (int64_t done = 0; done < rows; done += block_rows) {
+    const int64_t count = std::min(block_rows, rows - done);
     const int64_t first = done * stride;
     const int64_t last = first + count * stride;
     for (int64_t c = 0; c < whole; c += kStep) {
       Block<Pass, FillEach> block{};
       block.fill(pass, c);
       for (int64_t at = first + c; at < last; at += stride) {
-        Step<Pass>::prefetch(pass, at + kBlock * stride);
+        Step<Pass>::prefetch(pass, at + ahead);
         block.template run<false>(pass, at, kStep);
       }
       block.fold(totals[c / kStep]);
