@@ -34,7 +34,7 @@ struct Span {
 };
 
 // The share of some columns in totals of one column per lane; even elements before odd ones, see
-// bn_loops.h.
+// bn_lanes.h.
 template <typename T, typename Totals>
 struct PickColumns {
   const std::vector<Totals>& totals;
