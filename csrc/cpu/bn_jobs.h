@@ -1,7 +1,8 @@
 // How the two passes of a batch-normalised rectifier, forward or backward, get at memory. The
 // result does not depend on the number of threads.
 //
-// - Large planes (NCHW): by groups of channels, whose second pass finds them in the cache.
+// - Large planes (NCHW): by groups of channels, whose second pass finds them in the cache; without
+//   a first pass straight through memory.
 // - Small planes: the same, but as rows of [channels * inner] columns: no vector is cut short at
 // the
 //   end of a plane.
@@ -33,7 +34,7 @@ struct Span {
 };
 
 // The share of some columns in totals of one column per lane; even elements before odd ones, see
-// bn_loops.h.
+// bn_lanes.h.
 template <typename T, typename Totals>
 struct PickColumns {
   const std::vector<Totals>& totals;
@@ -63,7 +64,8 @@ struct PickAll {
   }
 };
 
-inline constexpr int64_t kGroupBytes = 1 << 14;  // of a group's rows at one outer index
+// Of a group's rows at one outer index; small planes need more sums per byte.
+inline constexpr int64_t kGroupBytes = 1 << 14, kSmallGroupBytes = 1 << 12;
 inline constexpr int64_t kSliceBytes = 1 << 18;
 inline constexpr int64_t kMinSliceRows = 64;
 inline constexpr int64_t kMaxSlices = 64;
@@ -120,6 +122,17 @@ void run_small_planes(const Span& span, int64_t begin, int64_t count, Job& job) 
   }
 }
 
+// The second pass over some channels of `outer` indices, whose data begin at `offset`.
+template <typename T, typename Job>
+void second_on_planes(const Span& span, int64_t begin, int64_t count, int64_t offset, int64_t outer,
+                      Job& job) {
+  using Totals = typename Job::Second::Totals;
+  std::vector<Totals> totals(count);
+  walk_planes(job.second(begin, offset), outer, span.channels * span.inner, count, span.inner,
+              totals.data());
+  for (int64_t c = 0; c < count; ++c) job.take(begin + c, PickAll<T, Totals>{totals[c]});
+}
+
 template <typename T, typename Job>
 void run_large_planes(const Span& span, int64_t begin, int64_t count, Job& job) {
   const int64_t inner = span.inner, stride = span.channels * inner;
@@ -136,22 +149,29 @@ void run_large_planes(const Span& span, int64_t begin, int64_t count, Job& job) 
       finish_sums(job, begin + c, pick);
     }
   }
-  using Totals = typename Job::Second::Totals;
-  std::vector<Totals> totals(count);
-  walk_planes(job.second(begin, begin * inner), span.outer, stride, count, inner, totals.data());
-  for (int64_t c = 0; c < count; ++c) job.take(begin + c, PickAll<T, Totals>{totals[c]});
+  second_on_planes<T>(span, begin, count, begin * inner, span.outer, job);
 }
 
 template <typename T, typename Job>
 void run_planes(const Span& span, Job& job) {
+  const bool small = span.inner <= 2 * kWidth<T>;
+  if (!job.needs_sums && !small) {  // nothing keeps the channels apart: straight through memory
+    const int64_t row = span.channels * span.inner;
+    const int64_t grain = std::max<int64_t>(1, kTaskElements / row);
+    torch::stable::parallel_for(0, span.outer, grain, [&](int64_t from, int64_t to) {
+      second_on_planes<T>(span, 0, span.channels, from * row, to - from, job);
+    });
+    return;
+  }
   const int64_t row_bytes = span.inner * static_cast<int64_t>(sizeof(T));
-  const int64_t group = std::clamp<int64_t>(kGroupBytes / row_bytes, 1, span.channels);
+  const int64_t group =
+      std::clamp<int64_t>((small ? kSmallGroupBytes : kGroupBytes) / row_bytes, 1, span.channels);
   const int64_t groups = (span.channels + group - 1) / group;
   const int64_t grain = std::max<int64_t>(1, kTaskElements / (span.positions() * group));
   torch::stable::parallel_for(0, groups, grain, [&](int64_t from, int64_t to) {
     for (int64_t g = from; g < to; ++g) {
       const int64_t begin = g * group, count = std::min(group, span.channels - begin);
-      if (span.inner <= 2 * kWidth<T>) {
+      if (small) {
         run_small_planes<T>(span, begin, count, job);
       } else {
         run_large_planes<T>(span, begin, count, job);

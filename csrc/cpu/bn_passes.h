@@ -127,7 +127,7 @@ struct GradPass {
   }
 };
 
-// The rectifiers; their functors are in bn_loops.h.
+// The rectifiers; their functors are in bn_steps.h.
 struct BnRelu {
   static constexpr Kind kind = Kind::relu;
 };

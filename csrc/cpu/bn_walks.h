@@ -22,7 +22,10 @@
 
 namespace layer_collapse {
 
+// clang-format off: the order of these includes matters
 namespace baseline {
+#include "cpu/bn_lanes.h"
+#include "cpu/bn_steps.h"
 #include "cpu/bn_loops.h"
 }
 
@@ -30,6 +33,8 @@ namespace baseline {
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
 namespace avx2 {
+#include "cpu/bn_lanes.h"
+#include "cpu/bn_steps.h"
 #include "cpu/bn_loops.h"
 }
 #pragma GCC pop_options
@@ -37,11 +42,14 @@ namespace avx2 {
 #pragma GCC target("arch=x86-64-v4")
 #define LC_BN_AVX512  // the compiler does not define its own macros for this pragma
 namespace avx512 {
+#include "cpu/bn_lanes.h"
+#include "cpu/bn_steps.h"
 #include "cpu/bn_loops.h"
 }
 #undef LC_BN_AVX512
 #pragma GCC pop_options
 #endif
+// clang-format on
 
 enum class InstructionSet { baseline, avx2, avx512 };
 inline InstructionSet instruction_set() {

@@ -179,7 +179,7 @@ def _fits(norm: Any, x: Tensor, pair: Pair) -> bool:
     """Whether the fused op does exactly what the batch norm and the rectifier would do to x."""
     if (
         torch.compiler.is_compiling()
-        or x.device.type != "cpu"
+        or not x.is_cpu
         or type(x) not in (Tensor, nn.Parameter)
         or x.dtype not in _DTYPES
         or forward_ad._current_level >= 0
@@ -190,12 +190,16 @@ def _fits(norm: Any, x: Tensor, pair: Pair) -> bool:
         return False
     if x.dim() < 2 or x.shape[1] != norm.num_features or x.numel() <= x.shape[1]:
         return False  # torch says what is wrong, or does what it does with one value per channel
-    numbers = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
-    numbers = [n for n in numbers if n is not None]
+    tensors = (
+        *norm._parameters.values(),
+        norm._buffers["running_mean"],
+        norm._buffers["running_var"],
+    )
+    numbers = [n for n in tensors if n is not None]
     dtypes = {n.dtype for n in numbers}
     allowed = [{x.dtype}] if x.dtype == torch.float64 else [{x.dtype}, {torch.float32}]
     return (not dtypes or dtypes in allowed) and all(
-        n.device == x.device and n.is_contiguous() for n in numbers
+        n.is_cpu and n.is_contiguous() for n in numbers
     )
 
 
