@@ -294,6 +294,7 @@ inline uint32_t __ballot_sync(uint32_t mask, int predicate,
   };
   return cuda_on_cpu::collective(mask, predicate != 0, read, site);
 }
+inline float __fdividef(float a, float b) { return a / b; }
 inline int __popc(uint32_t v) { return __builtin_popcount(v); }
 
 template <typename T>
