@@ -22,9 +22,8 @@ int64_t* failures_of(const Selection& selection) {
 }
 
 bool is_wide(const Selection& selection) {
-  return std::any_of(selection.list.begin(), selection.list.end(), [](const MaskedData& tensor) {
-    return tensor.dtype == Dtype::float64;
-  });
+  return std::any_of(selection.list.begin(), selection.list.end(),
+                     [](const MaskedData& tensor) { return tensor.dtype == Dtype::float64; });
 }
 
 // start(table with groups, indices, blocks, type) over the list, by dtype and key.
@@ -79,12 +78,12 @@ int begin_selection(const Selection& s) {
 }
 
 int launch_histogram(const Selection& s, int digit) {
-  return for_each_kind(s, [&]<typename T, typename Key>(const SelectTable& table,
-                                                        const std::vector<size_t>& indices,
-                                                        int64_t blocks) {
-    return launch(histogram_kernel<T, Key>, blocks, s.threads, s.stream, table, names_of(indices),
-                  cuts_of(s), digit_of(s, digit), s.histograms);
-  });
+  return for_each_kind(
+      s, [&]<typename T, typename Key>(const SelectTable& table, const std::vector<size_t>& indices,
+                                       int64_t blocks) {
+        return launch(histogram_kernel<T, Key>, blocks, s.threads, s.stream, table,
+                      names_of(indices), cuts_of(s), digit_of(s, digit), s.histograms);
+      });
 }
 
 int launch_choose(const Selection& s, int digit) {
@@ -93,12 +92,12 @@ int launch_choose(const Selection& s, int digit) {
 }
 
 int launch_shares(const Selection& s, int64_t* totals, int64_t* shares) {
-  const int error = for_each_kind(s, [&]<typename T, typename Key>(
-                                         const SelectTable& table,
-                                         const std::vector<size_t>& indices, int64_t blocks) {
-    return launch(count_kernel<T, Key>, blocks, s.threads, s.stream, table, names_of(indices),
-                  cuts_of(s), totals, TensorNames{}, nullptr);
-  });
+  const int error = for_each_kind(
+      s, [&]<typename T, typename Key>(const SelectTable& table, const std::vector<size_t>& indices,
+                                       int64_t blocks) {
+        return launch(count_kernel<T, Key>, blocks, s.threads, s.stream, table, names_of(indices),
+                      cuts_of(s), totals, TensorNames{}, nullptr);
+      });
   if (error) return error;
   return launch(shares_kernel, 1, kWarp, s.stream, cuts_of(s), totals,
                 static_cast<int64_t>(s.list.size()), shares);
@@ -111,21 +110,22 @@ int launch_clear(const Selection& s, const std::vector<int64_t>& first_tie, cons
     for (size_t j = 0; j < indices.size(); ++j) offsets.number[j] = first_tie[indices[j]];
     return offsets;
   };
-  int error = for_each_kind(s, [&]<typename T, typename Key>(const SelectTable& table,
-                                                             const std::vector<size_t>& indices,
-                                                             int64_t blocks) {
-    return launch(count_kernel<T, Key>, blocks, s.threads, s.stream, table, names_of(indices),
-                  cuts_of(s), nullptr, offsets_of(indices), ties);
-  });
+  int error = for_each_kind(
+      s, [&]<typename T, typename Key>(const SelectTable& table, const std::vector<size_t>& indices,
+                                       int64_t blocks) {
+        return launch(count_kernel<T, Key>, blocks, s.threads, s.stream, table, names_of(indices),
+                      cuts_of(s), nullptr, offsets_of(indices), ties);
+      });
   if (error) return error;
-  error = launch(scan_kernel, static_cast<int64_t>(s.list.size()), s.threads, s.stream, bounds, ties);
+  error =
+      launch(scan_kernel, static_cast<int64_t>(s.list.size()), s.threads, s.stream, bounds, ties);
   if (error) return error;
-  return for_each_kind(s, [&]<typename T, typename Key>(const SelectTable& table,
-                                                        const std::vector<size_t>& indices,
-                                                        int64_t blocks) {
-    return launch(clear_kernel<T, Key>, blocks, s.threads, s.stream, table, cuts_of(s),
-                  failures_of(s), offsets_of(indices), ties);
-  });
+  return for_each_kind(
+      s, [&]<typename T, typename Key>(const SelectTable& table, const std::vector<size_t>& indices,
+                                       int64_t blocks) {
+        return launch(clear_kernel<T, Key>, blocks, s.threads, s.stream, table, cuts_of(s),
+                      failures_of(s), offsets_of(indices), ties);
+      });
 }
 
 int fetch_cuts(const Selection& s, std::vector<FetchedCut>& found) {

@@ -1,5 +1,5 @@
-// The exact k smallest |w| among alive weights, over lists of tensors, in the order of a stable sort
-// by (|w|, tensor, index).
+// The exact k smallest |w| among alive weights, over lists of tensors, in the order of a stable
+// sort by (|w|, tensor, index).
 //
 // As on the CPU (cpu/radix_select.h): the bits of |w| order numbers like unsigned integers, so the
 // histogram of the top 11 bits tells the bucket that holds the k-th smallest, a histogram of that
@@ -89,8 +89,9 @@ __device__ __forceinline__ void visit_alive(const T* data, const uint32_t* words
 // table's tensors, for cuts[group].nan_tensor.
 template <typename T, typename Key>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    histogram_kernel(const __grid_constant__ SelectTable table, const __grid_constant__ TensorNames names, Cut* cuts,
-                     const Digit digit, int64_t* hist) {
+    histogram_kernel(const __grid_constant__ SelectTable table,
+                     const __grid_constant__ TensorNames names, Cut* cuts, const Digit digit,
+                     int64_t* hist) {
   using Buckets = int32_t[kBuckets];
   LC_SHARED(Buckets, buckets);
   const int tensor = tensor_of(table, blockIdx.x);
@@ -190,13 +191,13 @@ __device__ __forceinline__ Key key_at(const T* data, uint32_t word, int64_t numb
   return key_of<Key, T>(widen(data[number * kWordBits + lane]));
 }
 
-// Counts the weights below and at the cut. totals [tensors of the list][2], or nullptr; ties: at the
-// cut per segment, or nullptr, offsets[j] being the place of the table's tensor j in it.
+// Counts the weights below and at the cut. totals [tensors of the list][2], or nullptr; ties: at
+// the cut per segment, or nullptr, offsets[j] being the place of the table's tensor j in it.
 template <typename T, typename Key>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    count_kernel(const __grid_constant__ SelectTable table, const __grid_constant__ TensorNames names,
-                 const Cut* cuts, int64_t* totals, const __grid_constant__ TensorNames offsets,
-                 int64_t* ties) {
+    count_kernel(const __grid_constant__ SelectTable table,
+                 const __grid_constant__ TensorNames names, const Cut* cuts, int64_t* totals,
+                 const __grid_constant__ TensorNames offsets, int64_t* ties) {
   const Cut& cut = cuts[table.group[tensor_of(table, blockIdx.x)]];
   if (cut.wanted <= 0 || cut.failed != 0) return;
   const auto limit = static_cast<Key>(cut.prefix);

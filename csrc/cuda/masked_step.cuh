@@ -1,8 +1,8 @@
 // Masked optimiser steps over lists of tensors, and what they need of masks.
 //
 // A thread takes 16 bytes of weights (one weight where a tensor is not aligned), a warp therefore
-// those of 32 / (32 / values) words; threads whose word is zero load and store nothing, so a warp of
-// pruned words touches its mask alone. The rules are those of cpu/masked_rules.h, with its
+// those of 32 / (32 / values) words; threads whose word is zero load and store nothing, so a warp
+// of pruned words touches its mask alone. The rules are those of cpu/masked_rules.h, with its
 // invariant: pruned weights and their state are zero before a step.
 #pragma once
 
@@ -34,8 +34,8 @@ __device__ __forceinline__ Real root(Real v) {
 }
 __device__ __forceinline__ float root(float v) { return sqrtf(v); }
 
-// What gradients are multiplied by: a division per weight would cost more than the step. The inverse
-// of GradScaler's scales, powers of two, is exact.
+// What gradients are multiplied by: a division per weight would cost more than the step. The
+// inverse of GradScaler's scales, powers of two, is exact.
 __device__ __forceinline__ double gradient_factor(const StepArguments& step) {
   const double inverse = 1 / step.grad_scale.get(1.0);
   return step.maximize ? -inverse : inverse;
@@ -84,8 +84,7 @@ struct DeviceSgd {
       Real slope = gradients.get(i) * factor;
       if (weight_decay != 0) slope += weight_decay * weight;
       if constexpr (kMomentum) {
-        const Real velocity =
-            first_step ? slope : velocities.get(i) * momentum + gain * slope;
+        const Real velocity = first_step ? slope : velocities.get(i) * momentum + gain * slope;
         velocities.set(i, lives ? velocity : Real(0));
         slope = nesterov ? slope + momentum * velocity : velocity;
       }
@@ -183,8 +182,8 @@ struct DeviceZero {
   }
 };
 
-// Runs a rule over this block's words. kValues weights fill 16 bytes; what does not fill them, or is
-// not aligned, is visited weight by weight.
+// Runs a rule over this block's words. kValues weights fill 16 bytes; what does not fill them, or
+// is not aligned, is visited weight by weight.
 template <int kValues, typename Rule>
 __device__ __forceinline__ void run_rule(const Rule& rule, const uint32_t* words, int64_t numel,
                                          int64_t begin, int64_t end, bool aligned) {
@@ -303,9 +302,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   if (!table.words[tensor]) return;
   const DeviceZero<Bits> rule{static_cast<Bits*>(table.data[tensor][0])};
   const WordRange range = words_of_block(table, tensor);
-  run_rule<static_cast<int>(sizeof(uint4) / sizeof(Bits))>(
-      rule, table.words[tensor], table.numel[tensor], range.begin, range.end,
-      is_aligned(table, tensor, 1));
+  run_rule<static_cast<int>(sizeof(uint4) / sizeof(Bits))>(rule, table.words[tensor],
+                                                           table.numel[tensor], range.begin,
+                                                           range.end, is_aligned(table, tensor, 1));
 }
 
 // The order of a tensor's memory: sizes from the slowest dimension, and how far one step in each

@@ -38,10 +38,9 @@ struct Numeric<BFloat16> {
 
 template <typename Pack>
 inline constexpr bool kOnes =
-    std::is_same_v<Pack, float> ||
-    (!LC_COMPARES_BFLOAT16 && std::is_same_v<Pack, __nv_bfloat162>);
+    std::is_same_v<Pack, float> || (!LC_COMPARES_BFLOAT16 && std::is_same_v<Pack, __nv_bfloat162>);
 
-// Minimum, maximum and magnitude of packs; of NaN and a number the number.
+// Minimum, maximum and magnitude of packs; of NaN and a number the number; -0.0 lies below 0.0.
 __device__ __forceinline__ float least(float a, float b) { return fminf(a, b); }
 __device__ __forceinline__ float largest(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ float magnitude(float v) { return fabsf(v); }
@@ -85,22 +84,22 @@ __device__ __forceinline__ uint32_t is_nan(Pack v) {
   }
 }
 
-// Ones of v != 0 (NaN is not 0), for v >= 0 or NaN: the smallest positive number has the bits 1.
+// Ones of v != 0 (NaN is not 0), for v > 0, 0.0 (not -0.0) or NaN: the smallest positive number has the bits 1.
 template <typename Pack>
 __device__ __forceinline__ uint32_t ones_of(Pack v) {
   const uint32_t smallest = std::is_same_v<Pack, float> ? 1U : 0x00010001U;
   return bits_as<uint32_t>(least(v, bits_as<Pack>(smallest)));
 }
 
-// v < 0 ? 0 : v. Keeps NaN; keeps -0.0 but where bfloat16 has no comparison.
+// v > 0 ? v : 0, but NaN stays NaN. -0.0 becomes 0.0, as the hardware's maximum has it.
 template <typename Pack>
 __device__ __forceinline__ Pack rectified(Pack v) {
   if constexpr (std::is_same_v<Pack, float> || std::is_same_v<Pack, double>) {
-    return v < Pack(0) ? Pack(0) : v;
+    return v <= Pack(0) ? Pack(0) : v;
   } else if constexpr (kOnes<Pack>) {
     return __hmax2_nan(v, Pack{});
   } else {
-    return bits_as<Pack>(bits_as<uint32_t>(v) & ~greater(Pack{}, v));
+    return bits_as<Pack>(bits_as<uint32_t>(v) & (greater(v, Pack{}) | is_nan(v)));
   }
 }
 
@@ -141,8 +140,7 @@ template <typename Pack>
 __device__ __forceinline__ uint32_t mark_above(Pack v, float bound) {
   const Pack edge = filled<Pack>(bound);
   if constexpr (kOnes<Pack>) {
-    return ones_of(
-        bits_as<Pack>(bits_as<uint32_t>(largest(v, edge)) - bits_as<uint32_t>(edge)));
+    return ones_of(bits_as<Pack>(bits_as<uint32_t>(largest(v, edge)) - bits_as<uint32_t>(edge)));
   } else {
     return greater(v, edge);
   }
@@ -152,8 +150,8 @@ template <typename Pack>
 __device__ __forceinline__ uint32_t mark_inside(Pack v, float bound) {
   const Pack edge = filled<Pack>(bound);
   if constexpr (kOnes<Pack>) {
-    return ones_of(bits_as<Pack>(bits_as<uint32_t>(edge) -
-                                 bits_as<uint32_t>(least(magnitude(v), edge))));
+    return ones_of(
+        bits_as<Pack>(bits_as<uint32_t>(edge) - bits_as<uint32_t>(least(magnitude(v), edge))));
   } else {
     return greater(edge, magnitude(v));
   }

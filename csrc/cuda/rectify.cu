@@ -12,12 +12,14 @@ namespace {
 // thread that the sums at a block's end do not show.
 constexpr int64_t kBlocks = 1024;
 constexpr int64_t kVectorsPerThread = 16;
-constexpr int64_t kMinRows = 4, kRowsPerThread = 64;  // channel-fastest: its blocks end with more atomics
+constexpr int64_t kMinRows = 4,
+                  kRowsPerThread = 64;  // channel-fastest: its blocks end with more atomics
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int lanes_for(int64_t vectors, int most) {
-  return static_cast<int>(std::bit_ceil(static_cast<uint64_t>(std::clamp<int64_t>(vectors, 1, most))));
+  return static_cast<int>(
+      std::bit_ceil(static_cast<uint64_t>(std::clamp<int64_t>(vectors, 1, most))));
 }
 
 template <typename Rectifier, typename T>
@@ -27,7 +29,8 @@ int run_planes(RectifyArguments<T> arguments, int threads, void* stream) {
   arguments.segment = threads * kVectorsPerThread * kVectorValues<T>;
   const int64_t units = arguments.outer * ceil_div(arguments.inner, arguments.segment);
   const int64_t at_once = threads / arguments.lanes;
-  const int64_t per_unit = ceil_div(std::min(vectors, threads * kVectorsPerThread), arguments.lanes);
+  const int64_t per_unit =
+      ceil_div(std::min(vectors, threads * kVectorsPerThread), arguments.lanes);
   const int64_t most = ceil_div(units, at_once);
   const int64_t visits = std::clamp<int64_t>(most * arguments.channels / kBlocks, 1,
                                              std::max<int64_t>(1, kVectorsPerThread / per_unit));
@@ -42,8 +45,8 @@ int run_channels(RectifyArguments<T> arguments, int threads, void* stream) {
   arguments.lanes = lanes_for(columns, kWarp);
   const int64_t tiles = ceil_div(columns, arguments.lanes);
   const int64_t at_once = threads / arguments.lanes;
-  const int64_t visits =
-      std::clamp<int64_t>(ceil_div(arguments.outer, at_once) * tiles / kBlocks, kMinRows, kRowsPerThread);
+  const int64_t visits = std::clamp<int64_t>(ceil_div(arguments.outer, at_once) * tiles / kBlocks,
+                                             kMinRows, kRowsPerThread);
   arguments.slices = ceil_div(arguments.outer, at_once * visits);
   return launch(rectify_channels<Rectifier, T, kValues>, arguments.slices * tiles, threads, stream,
                 arguments);
@@ -51,7 +54,8 @@ int run_channels(RectifyArguments<T> arguments, int threads, void* stream) {
 
 template <typename T>
 bool is_aligned(const RectifyArguments<T>& arguments) {
-  const auto places = reinterpret_cast<uintptr_t>(arguments.x) | reinterpret_cast<uintptr_t>(arguments.y);
+  const auto places =
+      reinterpret_cast<uintptr_t>(arguments.x) | reinterpret_cast<uintptr_t>(arguments.y);
   return places % sizeof(uint4) == 0 && arguments.channels % kVectorValues<T> == 0;
 }
 

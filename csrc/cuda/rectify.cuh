@@ -5,7 +5,8 @@
 //                     `lanes` threads walk a row together, so short rows share a block. A row's
 //                     start may have any alignment: values before the first 16-byte boundary and
 //                     after the last one are handled singly.
-//   rectify_channels  inner == 1 (token-major, channels_last). A thread keeps one vector of channels
+//   rectify_channels  inner == 1 (token-major, channels_last). A thread keeps one vector of
+//   channels
 //                     and walks down a range of rows; 16-byte vectors where every row is aligned,
 //                     single values elsewhere.
 //
@@ -85,16 +86,16 @@ __device__ __forceinline__ void count(Pack v, uint32_t keep, uint32_t (&rows)[kR
 template <typename T>
 struct RectifyArguments {
   const T* x;
-  T* y;                     // may be x
-  int64_t* ledger;          // nullptr: do not count (a replay under activation checkpointing)
-  const uint8_t* valid;     // [outer * inner] 0 or 1, in the order of x's storage; or nullptr
-  const T* slopes;          // [C] of a PReLU; or nullptr: `slope` for all
+  T* y;                  // may be x
+  int64_t* ledger;       // nullptr: do not count (a replay under activation checkpointing)
+  const uint8_t* valid;  // [outer * inner] 0 or 1, in the order of x's storage; or nullptr
+  const T* slopes;       // [C] of a PReLU; or nullptr: `slope` for all
   double slope;
   int64_t outer, channels, inner;
-  Kind kind;                // for the live words
-  int lanes;                // planes: threads per row; channels: threads per row of a tile
-  int64_t slices;           // blocks per channel, or per tile of channels
-  int64_t segment;          // planes: elements of a row that one visit takes
+  Kind kind;        // for the live words
+  int lanes;        // planes: threads per row; channels: threads per row of a tile
+  int64_t slices;   // blocks per channel, or per tile of channels
+  int64_t segment;  // planes: elements of a row that one visit takes
 };
 
 // Vectors of one thread that are loaded before the first is needed; fewer where counting or double
@@ -129,8 +130,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     }
   };
 
-  for (int64_t unit = slice * rows + threadIdx.x / a.lanes; unit < units;
-       unit += a.slices * rows) {
+  for (int64_t unit = slice * rows + threadIdx.x / a.lanes; unit < units; unit += a.slices * rows) {
     const int64_t sample = segments == 1 ? unit : unit / segments;
     const int64_t start = segments == 1 ? 0 : unit % segments * a.segment;
     const int length = static_cast<int>(a.inner - start < a.segment ? a.inner - start : a.segment);

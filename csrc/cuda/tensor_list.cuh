@@ -15,12 +15,12 @@ struct TensorTable {
   static constexpr int kBytes = kData == 1 ? 2600 : 3800;  // selection passes more beside it
   static constexpr int kTensors = kBytes / (8 * kData + 32);
   int tensors;
-  int64_t chunk;                      // mask words per block
-  int64_t first[kTensors + 1];        // number of each tensor's first block
+  int64_t chunk;                // mask words per block
+  int64_t first[kTensors + 1];  // number of each tensor's first block
   int64_t numel[kTensors];
-  const uint32_t* words[kTensors];    // nullptr: every weight is alive
+  const uint32_t* words[kTensors];  // nullptr: every weight is alive
   void* data[kTensors][kData];
-  int64_t group[kTensors];            // whatever the kernel says
+  int64_t group[kTensors];  // whatever the kernel says
 };
 
 // The tensor of the table that block number `block` works on.

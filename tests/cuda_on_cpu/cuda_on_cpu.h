@@ -1,5 +1,5 @@
-// Runs CUDA kernels on a CPU, thread by thread, so that they can be tested and sanitised on machines
-// without a GPU. It supplies what csrc/cuda/device.cuh takes from CUDA otherwise.
+// Runs CUDA kernels on a CPU, thread by thread, so that they can be tested and sanitised on
+// machines without a GPU. It supplies what csrc/cuda/device.cuh takes from CUDA otherwise.
 //
 // A thread of a block is a fiber: it runs until it waits at a barrier or in a warp collective, then
 // the next one does; blocks run one after another. `schedule` permutes both orders, so code that
@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
@@ -64,12 +65,20 @@ inline thread_local Thread* current = nullptr;
 
 // What the lanes of a warp wait for, each with the mask and place of its collective.
 struct Warp {
-  uint32_t lanes = 0, left = 0;  // that exist; that have returned from the kernel
-  uint32_t masks[32]{};          // 0: the lane waits for nothing
+  uint32_t lanes = 0, left = 0, waiting = 0;  // that exist; that have returned; that wait
+  uint32_t masks[32]{};
   Site sites[32]{};
-  uint64_t values[32]{};
-  uint64_t results[32][32]{};
+  uint64_t values[32]{}, results[32]{};  // brought; of the last collective that a lane was in
 };
+
+#if defined(CUDA_ON_CPU_THREADS)
+using Mutex = std::mutex;
+#else
+struct Mutex {  // fibers take turns anyway
+  void lock() {}
+  void unlock() {}
+};
+#endif
 
 struct Block {
   uint3 index{}, threads{}, grid{};
@@ -78,7 +87,7 @@ struct Block {
   unsigned arrived = 0, left = 0;  // at the barrier; returned from the kernel
   uint64_t barriers = 0, progress = 0;
   Site site{};
-  std::mutex mutex;
+  Mutex mutex;
   std::condition_variable changed;
 };
 
@@ -90,7 +99,7 @@ struct Block {
 
 // Lets other threads run until ready(); `lock` holds the block's mutex.
 template <typename Ready>
-void wait_until(std::unique_lock<std::mutex>& lock, const Ready& ready) {
+void wait_until(std::unique_lock<Mutex>& lock, const Ready& ready) {
   Block& block = *current->block;
 #if defined(CUDA_ON_CPU_THREADS)
   block.changed.wait(lock, ready);
@@ -108,7 +117,7 @@ void wait_until(std::unique_lock<std::mutex>& lock, const Ready& ready) {
 
 inline bool same(const Site& a, const Site& b) {
   return a.line() == b.line() && a.column() == b.column() &&
-         std::strcmp(a.file_name(), b.file_name()) == 0;
+         (a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0);
 }
 
 inline void block_barrier(Site site) {
@@ -136,28 +145,26 @@ auto collective(uint32_t mask, uint64_t value, const Read& read, Site site) {
   if ((mask >> me & 1) == 0) fault("a lane outside of its own mask", site);
   if ((mask & ~warp.lanes) != 0) fault("a mask with lanes that do not exist", site);
   if ((mask & warp.left) != 0) fault("a mask with lanes that have left the kernel", site);
-  bool complete = true;
-  for (unsigned lane = 0; lane < 32; ++lane) {
-    if (lane == me || (mask >> lane & 1) == 0) continue;
-    if (warp.masks[lane] == 0) {
-      complete = false;
-    } else if (warp.masks[lane] != mask || !same(warp.sites[lane], site)) {
+  // agreeing with one lane is agreeing with all that have agreed with it before
+  if (const uint32_t others = warp.waiting & mask; others != 0) {
+    const int other = std::countr_zero(others);
+    if (warp.masks[other] != mask || !same(warp.sites[other], site)) {
       fault("lanes that disagree on a warp collective", site);
     }
   }
+  warp.waiting |= 1U << me;
   warp.masks[me] = mask;
   warp.sites[me] = site;
   warp.values[me] = value;
-  if (complete) {
+  if ((warp.waiting & mask) == mask) {
     for (unsigned lane = 0; lane < 32; ++lane) {
-      if ((mask >> lane & 1) == 0) continue;
-      std::copy(warp.values, warp.values + 32, warp.results[lane]);
-      warp.masks[lane] = 0;
+      if ((mask >> lane & 1) != 0) warp.results[lane] = warp.values[lane];
     }
+    warp.waiting &= ~mask;
     block.changed.notify_all();
   }
-  wait_until(lock, [&] { return warp.masks[me] == 0; });
-  return read(warp.results[me]);
+  wait_until(lock, [&] { return (warp.waiting >> me & 1) == 0; });
+  return read(warp.results);
 }
 
 template <typename T>
@@ -187,8 +194,9 @@ T& shared_variable(Tag) {
   if (found == block.shared.end()) {
     auto* memory = static_cast<unsigned char*>(std::malloc(sizeof(T)));
     std::memset(memory, 0xcd, sizeof(T));
-    found = block.shared.emplace(&tag, std::unique_ptr<unsigned char[], void (*)(void*)>(
-                                           memory, std::free)).first;
+    found = block.shared
+                .emplace(&tag, std::unique_ptr<unsigned char[], void (*)(void*)>(memory, std::free))
+                .first;
   }
   return *reinterpret_cast<T*>(found->second.get());
 }
@@ -199,7 +207,7 @@ inline void leave_kernel() {
   if (block.arrived > 0) fault("a thread that leaves while others wait at a barrier", block.site);
   Warp& warp = block.warps[current->number / 32];
   for (unsigned lane = 0; lane < 32; ++lane) {
-    if ((warp.masks[lane] >> current->lane() & 1) != 0) {
+    if ((warp.waiting >> lane & 1) != 0 && (warp.masks[lane] >> current->lane() & 1) != 0) {
       fault("a lane that leaves while others wait for it", warp.sites[lane]);
     }
   }
@@ -244,7 +252,8 @@ void run_block(unsigned number, unsigned blocks, unsigned threads, const Body& b
   while (block.left < threads) {
     const uint64_t before = block.progress;
     for (unsigned i : order) pool.resume(i);
-    if (block.progress == before) fault("a deadlock: not all threads reach a barrier or collective", block.site);
+    if (block.progress == before)
+      fault("a deadlock: not all threads reach a barrier or collective", block.site);
   }
 #endif
 }
@@ -262,8 +271,7 @@ void run_block(unsigned number, unsigned blocks, unsigned threads, const Body& b
 inline void __syncthreads(cuda_on_cpu::Site site = cuda_on_cpu::Site::current()) {
   cuda_on_cpu::block_barrier(site);
 }
-inline void __syncwarp(uint32_t mask = ~0U,
-                       cuda_on_cpu::Site site = cuda_on_cpu::Site::current()) {
+inline void __syncwarp(uint32_t mask = ~0U, cuda_on_cpu::Site site = cuda_on_cpu::Site::current()) {
   cuda_on_cpu::collective(mask, 0, [](const uint64_t*) { return 0; }, site);
 }
 template <typename T>
@@ -316,6 +324,16 @@ T __ldcg(const T* cell) {
 }
 
 namespace layer_collapse {
+
+// By the rules of PTX, which C leaves open: -0.0 lies below 0.0. Found before the global functions.
+inline float fminf(float a, float b) {
+  if (std::isnan(a) || std::isnan(b)) return std::isnan(a) ? b : a;
+  return a < b || (a == b && std::signbit(a)) ? a : b;
+}
+inline float fmaxf(float a, float b) {
+  if (std::isnan(a) || std::isnan(b)) return std::isnan(a) ? b : a;
+  return a > b || (a == b && std::signbit(b)) ? a : b;
+}
 
 // The launcher's counterpart: runs the grid before it returns.
 template <typename... Parameters, typename... Arguments>
