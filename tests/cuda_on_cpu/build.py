@@ -91,8 +91,9 @@ def ops(*, compares_bfloat16: bool = True, sanitize: bool = True) -> Path:
 
 
 def program(source: Path, *flags: str) -> Path:
-    """The executable of a test program that holds the launchers."""
-    objects = [_compile(file, list(flags)) for file in [*LAUNCHERS, source]]
+    """The executable of a test program; with the launchers if it is not about planted bugs."""
+    sources = [source] if source.stem == "planted" else [*LAUNCHERS, source]
+    objects = [_compile(file, list(flags)) for file in sources]
     stem = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:16]
     target = _folder() / f"{source.stem}-{stem}"
     if not target.exists():

@@ -29,6 +29,8 @@
 #include <random>
 #include <source_location>
 #include <thread>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "fibers.h"
@@ -57,38 +59,46 @@ struct Block;
 struct Thread {
   uint3 index{};
   unsigned number = 0;
+  bool fenced = false;  // since its last atomic
   Block* block = nullptr;
   unsigned lane() const { return number % 32; }
 };
 
 inline thread_local Thread* current = nullptr;
 
-// What the lanes of a warp wait for, each with the mask and place of its collective.
-struct Warp {
-  uint32_t lanes = 0, left = 0, waiting = 0;  // that exist; that have returned; that wait
-  uint32_t masks[32]{};
-  Site sites[32]{};
-  uint64_t values[32]{}, results[32]{};  // brought; of the last collective that a lane was in
-};
-
 #if defined(CUDA_ON_CPU_THREADS)
 using Mutex = std::mutex;
+using Signal = std::condition_variable;
 #else
 struct Mutex {  // fibers take turns anyway
   void lock() {}
   void unlock() {}
 };
+struct Signal {
+  void notify_all() {}
+};
 #endif
+
+// What the lanes of a warp wait for, each with the mask and place of its collective.
+struct Warp {
+  uint32_t lanes = 0, left = 0, waiting = 0;  // that exist; that have returned; that wait
+  uint32_t masks[32]{};
+  Site sites[32]{};
+  Mutex mutex;  // of its own: a lock that other warps take too would order what is not ordered
+  Signal changed;
+  uint64_t values[32]{}, results[32]{};  // brought; of the last collective that a lane was in
+};
 
 struct Block {
   uint3 index{}, threads{}, grid{};
   std::vector<Warp> warps;
   std::map<const void*, std::unique_ptr<unsigned char[], void (*)(void*)>> shared;
   unsigned arrived = 0, left = 0;  // at the barrier; returned from the kernel
-  uint64_t barriers = 0, progress = 0;
+  uint64_t barriers = 0;
+  std::atomic<uint64_t> progress = 0;
   Site site{};
-  Mutex mutex;
-  std::condition_variable changed;
+  Mutex mutex, shared_mutex;
+  Signal changed;
 };
 
 [[noreturn]] inline void fault(const char* what, Site site) {
@@ -97,12 +107,12 @@ struct Block {
   std::abort();
 }
 
-// Lets other threads run until ready(); `lock` holds the block's mutex.
+// Lets other threads run until ready(), which `changed` tells of; `lock` guards what ready() reads.
 template <typename Ready>
-void wait_until(std::unique_lock<Mutex>& lock, const Ready& ready) {
-  Block& block = *current->block;
+void wait_until(std::unique_lock<Mutex>& lock, [[maybe_unused]] Signal& changed,
+                const Ready& ready) {
 #if defined(CUDA_ON_CPU_THREADS)
-  block.changed.wait(lock, ready);
+  changed.wait(lock, ready);
 #else
   Thread* self = current;
   while (!ready()) {
@@ -112,7 +122,7 @@ void wait_until(std::unique_lock<Mutex>& lock, const Ready& ready) {
     lock.lock();
   }
 #endif
-  ++block.progress;
+  current->block->progress.fetch_add(1, std::memory_order_relaxed);
 }
 
 inline bool same(const Site& a, const Site& b) {
@@ -132,7 +142,7 @@ inline void block_barrier(Site site) {
     ++block.barriers;
     block.changed.notify_all();
   }
-  wait_until(lock, [&] { return block.barriers != mine; });
+  wait_until(lock, block.changed, [&] { return block.barriers != mine; });
 }
 
 // Every lane of `mask` brings a value and gets read(all values, by lane).
@@ -141,7 +151,7 @@ auto collective(uint32_t mask, uint64_t value, const Read& read, Site site) {
   Block& block = *current->block;
   Warp& warp = block.warps[current->number / 32];
   const unsigned me = current->lane();
-  std::unique_lock lock(block.mutex);
+  std::unique_lock lock(warp.mutex);
   if ((mask >> me & 1) == 0) fault("a lane outside of its own mask", site);
   if ((mask & ~warp.lanes) != 0) fault("a mask with lanes that do not exist", site);
   if ((mask & warp.left) != 0) fault("a mask with lanes that have left the kernel", site);
@@ -161,9 +171,9 @@ auto collective(uint32_t mask, uint64_t value, const Read& read, Site site) {
       if ((mask >> lane & 1) != 0) warp.results[lane] = warp.values[lane];
     }
     warp.waiting &= ~mask;
-    block.changed.notify_all();
+    warp.changed.notify_all();
   }
-  wait_until(lock, [&] { return (warp.waiting >> me & 1) == 0; });
+  wait_until(lock, warp.changed, [&] { return (warp.waiting >> me & 1) == 0; });
   return read(warp.results);
 }
 
@@ -189,7 +199,7 @@ template <typename T, typename Tag>
 T& shared_variable(Tag) {
   static const char tag = 0;
   Block& block = *current->block;
-  const std::lock_guard lock(block.mutex);
+  const std::lock_guard lock(block.shared_mutex);
   auto found = block.shared.find(&tag);
   if (found == block.shared.end()) {
     auto* memory = static_cast<unsigned char*>(std::malloc(sizeof(T)));
@@ -206,6 +216,7 @@ inline void leave_kernel() {
   const std::lock_guard lock(block.mutex);
   if (block.arrived > 0) fault("a thread that leaves while others wait at a barrier", block.site);
   Warp& warp = block.warps[current->number / 32];
+  const std::lock_guard warp_lock(warp.mutex);
   for (unsigned lane = 0; lane < 32; ++lane) {
     if ((warp.waiting >> lane & 1) != 0 && (warp.masks[lane] >> current->lane() & 1) != 0) {
       fault("a lane that leaves while others wait for it", warp.sites[lane]);
@@ -213,7 +224,7 @@ inline void leave_kernel() {
   }
   warp.left |= 1U << current->lane();
   ++block.left;
-  ++block.progress;
+  block.progress.fetch_add(1, std::memory_order_relaxed);
 }
 
 inline std::vector<unsigned> order_of(unsigned count, unsigned salt) {
@@ -233,7 +244,7 @@ void run_block(unsigned number, unsigned blocks, unsigned threads, const Body& b
   block.warps = std::vector<Warp>((threads + 31) / 32);
   std::vector<Thread> members(threads);
   for (unsigned i = 0; i < threads; ++i) {
-    members[i] = {{i, 0, 0}, i, &block};
+    members[i] = {{i, 0, 0}, i, false, &block};
     block.warps[i / 32].lanes |= 1U << i % 32;
   }
   const auto run = [&](unsigned i) {
@@ -305,22 +316,26 @@ inline uint32_t __ballot_sync(uint32_t mask, int predicate,
 inline float __fdividef(float a, float b) { return a / b; }
 inline int __popc(uint32_t v) { return __builtin_popcount(v); }
 
+// Relaxed as on a GPU, unless a fence comes before: sanitisers do not know fences.
 template <typename T>
 T atomicAdd(T* cell, std::type_identity_t<T> value) {
-  return std::atomic_ref<T>(*cell).fetch_add(value);
+  const bool fenced = std::exchange(cuda_on_cpu::current->fenced, false);
+  const std::memory_order order = fenced ? std::memory_order_acq_rel : std::memory_order_relaxed;
+  return std::atomic_ref<T>(*cell).fetch_add(value, order);
 }
 template <typename T>
 T atomicMin(T* cell, std::type_identity_t<T> value) {
   std::atomic_ref<T> shared(*cell);
-  T before = shared.load();
-  while (value < before && !shared.compare_exchange_weak(before, value)) {
+  T before = shared.load(std::memory_order_relaxed);
+  while (value < before &&
+         !shared.compare_exchange_weak(before, value, std::memory_order_relaxed)) {
   }
   return before;
 }
-inline void __threadfence() {}  // every atomic above is sequentially consistent
+inline void __threadfence() { cuda_on_cpu::current->fenced = true; }
 template <typename T>
 T __ldcg(const T* cell) {
-  return std::atomic_ref<T>(*const_cast<T*>(cell)).load();
+  return std::atomic_ref<T>(*const_cast<T*>(cell)).load(std::memory_order_relaxed);
 }
 
 namespace layer_collapse {
