@@ -15,6 +15,8 @@
 #define LC_SHARED(Type, name) __shared__ Type name
 // Before a loop over an array that must stay in registers.
 #define LC_UNROLL _Pragma("unroll")
+// Before a loop whose copies would only take registers.
+#define LC_NO_UNROLL _Pragma("unroll 1")
 
 namespace layer_collapse {
 

@@ -17,6 +17,7 @@ __device__ __forceinline__ LayerEntropy layer_entropy_of_block(const int64_t* co
   double sum[1] = {0.0};
   // neurons by state, then those with entropy
   int32_t found[6] = {};
+  LC_NO_UNROLL
   for (int64_t c = threadIdx.x; positions > 0 && c < channels; c += blockDim.x) {
     // past the first-level cache, which may hold what was there before other blocks wrote
     int64_t column[4];

@@ -98,10 +98,9 @@ struct RectifyArguments {
   int64_t segment;  // planes: elements of a row that one visit takes
 };
 
-// Vectors of one thread that are loaded before the first is needed; fewer where counting or double
-// precision takes the registers.
+// Vectors of one thread that are loaded before the first is needed, as registers allow.
 template <typename Rectifier, typename T>
-inline constexpr int kBatch = count_rows(Rectifier::kind) > 3 || sizeof(T) == 8 ? 2 : 4;
+inline constexpr int kBatch = count_rows(Rectifier::kind) == 3 && sizeof(T) == 4 ? 4 : 2;
 
 template <typename Rectifier, typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
@@ -112,7 +111,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   constexpr int kRows = static_cast<int>(count_rows(Rectifier::kind));
   constexpr int kAhead = kBatch<Rectifier, T>;
   const int64_t channel = blockIdx.x % a.channels, slice = blockIdx.x / a.channels;
-  const int64_t flags = a.ledger ? __ldcg(a.ledger + kFlags) : 0;
   const int lane = threadIdx.x % a.lanes;
   const int rows = blockDim.x / a.lanes;  // walked at once by this block
   const int64_t segments = (a.inner + a.segment - 1) / a.segment;
@@ -130,6 +128,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     }
   };
 
+  LC_NO_UNROLL
   for (int64_t unit = slice * rows + threadIdx.x / a.lanes; unit < units; unit += a.slices * rows) {
     const int64_t sample = segments == 1 ? unit : unit / segments;
     const int64_t start = segments == 1 ? 0 : unit % segments * a.segment;
@@ -151,6 +150,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     T* target = y + head;
     const int step = a.lanes * kVectorValues<T>;
     int i = lane * kVectorValues<T>;
+    LC_NO_UNROLL
     for (; i + (kAhead - 1) * step < tail - head; i += kAhead * step) {
       Wide batch[kAhead];
       LC_UNROLL
@@ -161,11 +161,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
         if constexpr (Rectifier::kWrites) batch[b].store(target + i + b * step);
       }
     }
+    LC_NO_UNROLL
     for (; i < tail - head; i += step) {
       Wide vector = Wide::load(source + i);
       visit(vector, ~0U);
       if constexpr (Rectifier::kWrites) vector.store(target + i);
     }
+    LC_NO_UNROLL
     for (int j = lane; j < length - (tail - head); j += a.lanes) {
       const int place = j < head ? j : j + (tail - head);
       Single single = Single::load(x + place);
@@ -182,6 +184,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   rows_of_sums<typename Numeric<T>::Pack>(sums);
   sums[kRows] = seen;
   block_sums(sums);
+  const int64_t flags = a.ledger ? __ldcg(a.ledger + kFlags) : 0;
   if ((flags & kCount) == 0) return;
   if (threadIdx.x == 0) {
     int64_t* cells = a.ledger + kLedgerHeader + channel;
@@ -203,7 +206,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   constexpr int kPack = kValues < Numeric<T>::kPack ? kValues : Numeric<T>::kPack;
   const int64_t columns = a.channels / kValues;
   const int64_t tile = blockIdx.x / a.slices, slice = blockIdx.x % a.slices;
-  const int64_t flags = a.ledger ? __ldcg(a.ledger + kFlags) : 0;
   const int lane = threadIdx.x % a.lanes;
   const int64_t column = tile * a.lanes + lane;
   const int step = blockDim.x / a.lanes;  // rows that a block walks at once
@@ -233,6 +235,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   T* target = a.y + row * a.channels + column * kValues;
   const int64_t stride = step * a.channels;
   if (!a.valid) {
+    LC_NO_UNROLL
     for (; row + (kAhead - 1) * step < last; row += kAhead * step) {
       Values batch[kAhead];
       LC_UNROLL
@@ -246,6 +249,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       target += kAhead * stride;
     }
   }
+  LC_NO_UNROLL
   for (; row < last; row += step) {
     const uint32_t keep = a.valid ? a.valid[row] : 1;
     seen += static_cast<int32_t>(keep);
@@ -272,8 +276,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   }
   if (column == 0 && a.valid) atomicAdd(&sums[cells], seen);
   __syncthreads();
+  const int64_t flags = a.ledger ? __ldcg(a.ledger + kFlags) : 0;
   if ((flags & kCount) == 0) return;
   const int64_t base = tile * a.lanes * kValues;  // the tile's first channel
+  LC_NO_UNROLL
   for (int i = threadIdx.x; i < cells; i += blockDim.x) {
     const int r = i / (a.lanes * kValues);
     const int64_t c = base + i % (a.lanes * kValues);

@@ -46,6 +46,7 @@ template <int kValues, typename Visit>
 __device__ __forceinline__ void walk_words(const uint32_t* words, int64_t numel, int64_t begin,
                                            int64_t end, const Visit& visit) {
   constexpr int kShare = kWordBits / kValues;  // threads per word
+  LC_NO_UNROLL
   for (int64_t number = begin + threadIdx.x / kShare; number < end; number += blockDim.x / kShare) {
     visit(word_of(words, number, numel),
           number * kWordBits + static_cast<int64_t>(threadIdx.x % kShare) * kValues);

@@ -278,6 +278,7 @@ void run_block(unsigned number, unsigned blocks, unsigned threads, const Body& b
 
 #define LC_SHARED(Type, name) Type& name = cuda_on_cpu::shared_variable<Type>([] {})
 #define LC_UNROLL
+#define LC_NO_UNROLL
 
 inline void __syncthreads(cuda_on_cpu::Site site = cuda_on_cpu::Site::current()) {
   cuda_on_cpu::block_barrier(site);
