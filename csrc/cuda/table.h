@@ -10,7 +10,7 @@
 namespace layer_collapse {
 
 // Work for about this many blocks, but no block with less than kMinChunk words.
-inline constexpr int64_t kTableBlocks = 2048;
+inline constexpr int64_t kTableBlocks = 1024;
 inline constexpr int64_t kMinChunk = 64;
 
 // start(table, indices, blocks) for tables of those tensors of the list for which take(tensor);

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 from cards import CARDS
 
-BLOCKS, VECTORS, MIN_ROWS, ROWS = 1024, 16, 4, 64  # of csrc/cuda/rectify.cu
+BLOCKS, VECTORS = 1024, 16  # of csrc/cuda/rectify.cu
+CHANNEL_BLOCKS, MIN_ROWS, ROWS = 512, 4, 128
+TABLE_BLOCKS = 1024  # of csrc/cuda/table.h
 THREADS, SEGMENT_WORDS, BUCKETS = 256, 32, 2048
 
 
@@ -53,7 +55,7 @@ def channels_fastest(outer: int, channels: int, size: int) -> Case:
     lanes = _pow2(columns, 32)
     tiles = math.ceil(columns / lanes)
     at_once = THREADS // lanes
-    visits = min(max(math.ceil(outer / at_once) * tiles // BLOCKS, MIN_ROWS), ROWS)
+    visits = min(max(math.ceil(outer / at_once) * tiles // CHANNEL_BLOCKS, MIN_ROWS), ROWS)
     slices = math.ceil(outer / (at_once * visits))
     must = 2 * outer * channels * size + 16 * 3 * channels
     moves = must + 8 * 3 * channels * slices
@@ -76,10 +78,12 @@ def selection(weights: int, size: int, passes: int) -> Case:
     """magnitude_shares: `passes` histograms and a count, each a pass over weights and mask."""
     must = (passes + 1) * weights * (size + 1 / 8)
     words = math.ceil(weights / 32)
-    chunk = max(64, math.ceil(words / 2048 / 32) * 32)
+    chunk = max(64, math.ceil(words / TABLE_BLOCKS / 32) * 32)
     blocks = math.ceil(words / chunk)
-    # each block adds at most all buckets, and every segment of the count adds two sums
-    atomics = 8 * (passes * blocks * min(BUCKETS, chunk * 32) * 0.1 + 2 * words / SEGMENT_WORDS)
+    # Buckets that a block finds: of exponents and 3 more bits few, then all, then next to none.
+    # Every segment of the count adds two sums.
+    found = BUCKETS * (0.1 + 1.0 + 0.05)
+    atomics = 8 * (blocks * found + 2 * words / SEGMENT_WORDS)
     return Case(f"magnitude_shares, {weights} weights x {size} B", must, must + atomics)
 
 
