@@ -121,7 +121,9 @@ def cuda_extension():
     )
 
 
-extensions = [CppExtension("layer_collapse._C", SOURCES, include_dirs=INCLUDES, extra_compile_args=FLAGS)]
+extensions = [
+    CppExtension("layer_collapse._C", SOURCES, include_dirs=INCLUDES, extra_compile_args=FLAGS)
+]
 if wants_cuda():
     extensions.append(cuda_extension())
 

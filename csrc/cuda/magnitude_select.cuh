@@ -236,8 +236,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // counts[first .. last) -> the sums of those before each. One block per list entry.
-__global__ void __launch_bounds__(kThreads)
-    scan_kernel(const int64_t* bounds, int64_t* counts) {
+__global__ void __launch_bounds__(kThreads) scan_kernel(const int64_t* bounds, int64_t* counts) {
   using Sums = int64_t[kMaxWarps + 1];
   LC_SHARED(Sums, sums);  // of each warp, then of all before it; last: of the whole round
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;

@@ -24,7 +24,7 @@ struct Selection {
   int64_t* cuts;        // [groups][cut_words()], then one word
   int64_t* histograms;  // [groups][2048], zero before the first digit and after every choose
   int64_t* wanted;      // [groups] how many to select
-  int threads;  // of a block, a multiple of 32 up to 256
+  int threads;          // of a block, a multiple of 32 up to 256
   void* stream = nullptr;
 
   int64_t groups() const { return one_group ? 1 : static_cast<int64_t>(list.size()); }

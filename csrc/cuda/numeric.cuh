@@ -84,7 +84,8 @@ __device__ __forceinline__ uint32_t is_nan(Pack v) {
   }
 }
 
-// Ones of v != 0 (NaN is not 0), for v > 0, 0.0 (not -0.0) or NaN: the smallest positive number has the bits 1.
+// Ones of v != 0 (NaN is not 0), for v > 0, 0.0 (not -0.0) or NaN: the smallest positive number has
+// the bits 1.
 template <typename Pack>
 __device__ __forceinline__ uint32_t ones_of(Pack v) {
   const uint32_t smallest = std::is_same_v<Pack, float> ? 1U : 0x00010001U;

@@ -27,14 +27,15 @@ int run_planes(RectifyArguments<T> arguments, int threads, void* stream) {
   const int64_t vectors = ceil_div(arguments.inner, kVectorValues<T>);
   arguments.lanes = lanes_for(vectors, threads);
   arguments.segment = threads * kVectorsPerThread * kVectorValues<T>;
-  const int64_t units = arguments.outer * ceil_div(arguments.inner, arguments.segment);
+  arguments.segments = ceil_div(arguments.inner, arguments.segment);
+  const int64_t units = arguments.outer * arguments.segments;
   const int64_t at_once = threads / arguments.lanes;
   const int64_t per_unit =
       ceil_div(std::min(vectors, threads * kVectorsPerThread), arguments.lanes);
   const int64_t most = ceil_div(units, at_once);
   const int64_t visits = std::clamp<int64_t>(most * arguments.channels / kBlocks, 1,
                                              std::max<int64_t>(1, kVectorsPerThread / per_unit));
-  arguments.slices = ceil_div(most, visits);
+  arguments.slices = static_cast<unsigned>(ceil_div(most, visits));
   return launch(rectify_planes<Rectifier, T>, arguments.slices * arguments.channels, threads,
                 stream, arguments);
 }
@@ -45,9 +46,10 @@ int run_channels(RectifyArguments<T> arguments, int threads, void* stream) {
   arguments.lanes = lanes_for(columns, kWarp);
   const int64_t tiles = ceil_div(columns, arguments.lanes);
   const int64_t at_once = threads / arguments.lanes;
-  const int64_t visits = std::clamp<int64_t>(ceil_div(arguments.outer, at_once) * tiles / kChannelBlocks,
-                                             kMinRows, kRowsPerThread);
-  arguments.slices = ceil_div(arguments.outer, at_once * visits);
+  const int64_t visits = std::clamp<int64_t>(
+      ceil_div(arguments.outer, at_once) * tiles / kChannelBlocks, kMinRows, kRowsPerThread);
+  arguments.slices = static_cast<unsigned>(ceil_div(arguments.outer, at_once * visits));
+  arguments.share = ceil_div(arguments.outer, arguments.slices);
   return launch(rectify_channels<Rectifier, T, kValues>, arguments.slices * tiles, threads, stream,
                 arguments);
 }
@@ -79,6 +81,8 @@ int run_kind(const RectifyLaunch& call, void* stream) {
                                       call.channels,
                                       call.inner,
                                       call.kind,
+                                      0,
+                                      0,
                                       0,
                                       0,
                                       0};

@@ -92,15 +92,23 @@ struct RectifyArguments {
   const T* slopes;       // [C] of a PReLU; or nullptr: `slope` for all
   double slope;
   int64_t outer, channels, inner;
-  Kind kind;        // for the live words
-  int lanes;        // planes: threads per row; channels: threads per row of a tile
-  int64_t slices;   // blocks per channel, or per tile of channels
-  int64_t segment;  // planes: elements of a row that one visit takes
+  Kind kind;         // for the live words
+  int lanes;         // planes: threads per row; channels: threads per row of a tile
+  unsigned slices;   // blocks per channel, or per tile of channels
+  int64_t segment;   // planes: elements of a row that one visit takes
+  int64_t segments;  // planes: visits per row
+  int64_t share;     // channels: rows per block
 };
 
 // Vectors of one thread that are loaded before the first is needed, as registers allow.
 template <typename Rectifier, typename T>
-inline constexpr int kBatch = count_rows(Rectifier::kind) == 3 && sizeof(T) == 4 ? 4 : 2;
+constexpr int batch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  if (std::is_same_v<T, BFloat16>) return 1;  // computed value by value there
+#endif
+  if (count_rows(Rectifier::kind) > 3) return sizeof(T) == 2 ? 1 : 2;
+  return sizeof(T) == 4 ? 4 : 2;
+}
 
 template <typename Rectifier, typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
@@ -109,12 +117,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   using Wide = Vector<T, kVectorValues<T>>;
   using Single = Vector<T, 1>;
   constexpr int kRows = static_cast<int>(count_rows(Rectifier::kind));
-  constexpr int kAhead = kBatch<Rectifier, T>;
-  const int64_t channel = blockIdx.x % a.channels, slice = blockIdx.x / a.channels;
+  constexpr int kAhead = batch<Rectifier, T>();
+  const auto channels = static_cast<unsigned>(a.channels);  // there is a block for each
+  const unsigned channel = blockIdx.x % channels, slice = blockIdx.x / channels;
   const int lane = threadIdx.x % a.lanes;
   const int rows = blockDim.x / a.lanes;  // walked at once by this block
-  const int64_t segments = (a.inner + a.segment - 1) / a.segment;
-  const int64_t units = a.outer * segments;
+  const int64_t units = a.outer * a.segments;
   const Real slope = a.slopes ? widen(a.slopes[channel]) : static_cast<Real>(a.slope);
   const auto slopes = [slope](int) { return slope; };
 
@@ -129,9 +137,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   };
 
   LC_NO_UNROLL
-  for (int64_t unit = slice * rows + threadIdx.x / a.lanes; unit < units; unit += a.slices * rows) {
-    const int64_t sample = segments == 1 ? unit : unit / segments;
-    const int64_t start = segments == 1 ? 0 : unit % segments * a.segment;
+  for (int64_t unit = static_cast<int64_t>(slice) * rows + threadIdx.x / a.lanes; unit < units;
+       unit += static_cast<int64_t>(a.slices) * rows) {
+    const int64_t sample = a.segments == 1 ? unit : unit / a.segments;
+    const int64_t start = a.segments == 1 ? 0 : (unit - sample * a.segments) * a.segment;
     const int length = static_cast<int>(a.inner - start < a.segment ? a.inner - start : a.segment);
     const int64_t offset = (sample * a.channels + channel) * a.inner + start;
     const T* x = a.x + offset;
@@ -202,16 +211,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   using Real = typename Numeric<T>::Real;
   using Values = Vector<T, kValues>;
   constexpr int kRows = static_cast<int>(count_rows(Rectifier::kind));
-  constexpr int kAhead = kBatch<Rectifier, T>;
+  constexpr int kAhead = batch<Rectifier, T>();
   constexpr int kPack = kValues < Numeric<T>::kPack ? kValues : Numeric<T>::kPack;
   const int64_t columns = a.channels / kValues;
-  const int64_t tile = blockIdx.x / a.slices, slice = blockIdx.x % a.slices;
+  const unsigned tile = blockIdx.x / a.slices, slice = blockIdx.x % a.slices;
   const int lane = threadIdx.x % a.lanes;
-  const int64_t column = tile * a.lanes + lane;
+  const int64_t column = static_cast<int64_t>(tile) * a.lanes + lane;
   const int step = blockDim.x / a.lanes;  // rows that a block walks at once
-  const int64_t share = (a.outer + a.slices - 1) / a.slices;
-  const int64_t last = (slice + 1) * share < a.outer ? (slice + 1) * share : a.outer;
-  int64_t row = slice * share + threadIdx.x / a.lanes;
+  const int64_t begin = slice * a.share;
+  const int64_t last = begin + a.share < a.outer ? begin + a.share : a.outer;
+  int64_t row = begin + threadIdx.x / a.lanes;
   if (column >= columns) row = last;  // a lane beyond the edge has nothing to do but to wait
 
   Real own[kValues];  // slopes
@@ -278,7 +287,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   __syncthreads();
   const int64_t flags = a.ledger ? __ldcg(a.ledger + kFlags) : 0;
   if ((flags & kCount) == 0) return;
-  const int64_t base = tile * a.lanes * kValues;  // the tile's first channel
+  const int64_t base = static_cast<int64_t>(tile) * a.lanes * kValues;  // the tile's first channel
   LC_NO_UNROLL
   for (int i = threadIdx.x; i < cells; i += blockDim.x) {
     const int r = i / (a.lanes * kValues);

@@ -6,8 +6,9 @@ import os
 import subprocess
 from pathlib import Path
 
-import build
 import pytest
+
+import build
 
 #: bug -> (how it is compiled, what the process says before it fails)
 BUGS = {

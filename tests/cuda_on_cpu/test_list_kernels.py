@@ -24,7 +24,9 @@ def make_mask(count: int, kind: str, generator: torch.Generator) -> Tensor:
     """Of `count` bits: none, all, some at random, or whole words dead and alive."""
     if kind == "none":
         return NONE
-    alive = torch.rand(count, generator=generator) >= {"all": 0.0, "some": 0.5, "few": 0.97}.get(kind, 0)
+    alive = torch.rand(count, generator=generator) >= {"all": 0.0, "some": 0.5, "few": 0.97}.get(
+        kind, 0
+    )
     if kind == "words":
         words = torch.rand((count + 31) // 32, generator=generator) < 0.3
         alive = words.repeat_interleave(32)[:count]
@@ -70,7 +72,9 @@ def assert_near(got: list[Tensor], expected: list[Tensor], ulps: int) -> None:
     for one, other in zip(got, expected, strict=True):
         assert one.stride() == other.stride()
         info = torch.finfo(one.dtype)
-        torch.testing.assert_close(one, other, rtol=ulps * info.eps, atol=ulps * info.eps, equal_nan=True)
+        torch.testing.assert_close(
+            one, other, rtol=ulps * info.eps, atol=ulps * info.eps, equal_nan=True
+        )
         assert torch.equal(one == 0, other == 0)
 
 
@@ -202,9 +206,16 @@ def weights_and_masks(draw):
         generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
         weight = torch.randn(count, generator=generator, dtype=torch.float64)
         if draw(st.booleans()):  # ties, zeros of both signs, denormals, infinities
-            pool = torch.tensor([0.0, -0.0, 1.0, -1.0, 0.5, torch.inf, -torch.inf, 1e-40, 6e-8], dtype=torch.float64)
+            pool = torch.tensor(
+                [0.0, -0.0, 1.0, -1.0, 0.5, torch.inf, -torch.inf, 1e-40, 6e-8], dtype=torch.float64
+            )
             weight = pool[torch.randint(len(pool), (count,), generator=generator)]
-        weights.append(lay_out(weight.to(draw(st.sampled_from(DTYPES))), draw(st.sampled_from(("plain", "misaligned")))))
+        weights.append(
+            lay_out(
+                weight.to(draw(st.sampled_from(DTYPES))),
+                draw(st.sampled_from(("plain", "misaligned"))),
+            )
+        )
         kind = draw(st.sampled_from(["all", "some", "few", "words"]))
         masks.append(make_mask(count, kind, generator))
     return weights, masks
@@ -229,7 +240,11 @@ def test_selection(kernels: Kernels, case, fraction: float, geometry: tuple[int,
 def test_selection_of_other_strides_and_dense_masks(kernels: Kernels) -> None:
     torch.manual_seed(0)
     base = torch.randint(-3, 4, (8, 6, 3, 4)).float()
-    for weight in (base.to(memory_format=torch.channels_last), base[:, ::2], base.permute(3, 1, 0, 2)):
+    for weight in (
+        base.to(memory_format=torch.channels_last),
+        base[:, ::2],
+        base.permute(3, 1, 0, 2),
+    ):
         own, expected = (pack(torch.ones(weight.shape, dtype=torch.bool)) for _ in range(2))
         kernels.ops.magnitude_prune_([weight], [own], [100])
         CPU.magnitude_prune_([weight], [expected], [100])

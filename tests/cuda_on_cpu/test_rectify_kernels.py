@@ -94,9 +94,7 @@ def test_layouts(kernels: Kernels, kind: Kind, layout: str) -> None:
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("kind", ALL_KINDS, ids=lambda k: k.name)
-def test_alignments_and_tails(
-    kernels: Kernels, kind: Kind, geometry: tuple[int, int]
-) -> None:
+def test_alignments_and_tails(kernels: Kernels, kind: Kind, geometry: tuple[int, int]) -> None:
     """Every start within 16 bytes, rows of every length around one and several vectors."""
     kernels.run_as(geometry)
     for dtype in DTYPES:
@@ -199,7 +197,9 @@ def test_layer_entropies(kernels: Kernels, layers: int) -> None:
             x = torch.randn(6, channels, generator=generator).round()
             if i % 3 == 0 and channels:
                 x[:, 0] = torch.nan
-            CPU.rectify(x, ledger, KINDS["relu"].code if kind.rows == 3 else kind.code, 1, 0.0, None, None)
+            CPU.rectify(
+                x, ledger, KINDS["relu"].code if kind.rows == 3 else kind.code, 1, 0.0, None, None
+            )
         ledgers.append(ledger)
         kinds.append(kind.code)
     for geometry in GEOMETRIES:

@@ -9,10 +9,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import figures  # noqa: E402 - stands in this folder
-import model  # noqa: E402
-from cards import CARDS  # noqa: E402
-from figures import ARCHITECTURES, Figures, Report  # noqa: E402
+import figures
+import model
+from cards import CARDS
+from figures import ARCHITECTURES, Figures, Report
 
 #: Kernels, and kernels x architectures. A new kernel changes this number knowingly.
 KERNELS = 107
@@ -22,10 +22,17 @@ RECTIFIERS = ("DeviceRelu", "DeviceRelu6", "DeviceLeakyRelu", "DeviceHardswish",
 #: ReLU with all its counters, per 16 bytes, on sm_80 and later.
 LIMITS = {"float": 40, "__half": 48, "__nv_bfloat16": 48}
 #: Kernels whose vectors are single values, or that read masks and counters alone.
-SCALAR = (
-    "begin_kernel choose_kernel clear_kernel count_kernel count_positions "
-    "layer_entropies_kernel reorder_mask scan_kernel shares_kernel"
-).split()
+SCALAR = [
+    "begin_kernel",
+    "choose_kernel",
+    "clear_kernel",
+    "count_kernel",
+    "count_positions",
+    "layer_entropies_kernel",
+    "reorder_mask",
+    "scan_kernel",
+    "shares_kernel",
+]
 
 
 @pytest.fixture(scope="session")
@@ -75,9 +82,7 @@ def _relu(report: Report) -> list[tuple[Figures, str]]:
         (f, dtype)
         for f in report.figures
         for dtype in LIMITS
-        if "<DeviceRelu, " + dtype in f.kernel
-        and _has_vectors(f.kernel)
-        and f.arch != "sm_75"
+        if "<DeviceRelu, " + dtype in f.kernel and _has_vectors(f.kernel) and f.arch != "sm_75"
     ]
 
 

@@ -15,7 +15,9 @@ def test_a_cpu_build_refuses_cuda_tensors_in_one_sentence() -> None:
     # No CUDA tensor exists here: the kernel is called as the dispatcher would call it.
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     op = torch.ops.layer_collapse.rectify.default
-    with pytest.raises(RuntimeError, match="built without CUDA; rebuild with LAYER_COLLAPSE_CUDA=1"):
+    with pytest.raises(
+        RuntimeError, match="built without CUDA; rebuild with LAYER_COLLAPSE_CUDA=1"
+    ):
         op.redispatch(keys, torch.ones(2, 3), new_ledger(KINDS["relu"], 3), 0, 1, 0.0, None, None)
 
 
