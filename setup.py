@@ -98,7 +98,8 @@ def wants_cuda() -> bool:
         )
     if wish == "1" and find_nvcc() is None:
         stop(
-            "LAYER_COLLAPSE_CUDA=1 needs nvcc, none found; install the CUDA toolkit or set CUDA_HOME"
+            "LAYER_COLLAPSE_CUDA=1 needs nvcc, none found; install the CUDA toolkit or set "
+            "CUDA_HOME"
         )
     return wish != "0" and torch.version.cuda is not None and find_nvcc() is not None
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -92,7 +93,9 @@ def rectifiers() -> list[Row]:
             compiled = torch.compile(_counted_relu)
             name = f"relu + counts, {list(shape)}, {str(dtype)[6:]}"
             calls: dict[str, Callable[[], object]] = {
-                "layer_collapse": lambda x=x, l=ledger, d=channel_dim: rectify(Call(RELU, x), l, d),
+                "layer_collapse": lambda x=x, to=ledger, d=channel_dim: rectify(
+                    Call(RELU, x), to, d
+                ),
                 "torch.relu (no counts)": lambda x=x: torch.relu(x),
                 "torch.compile": lambda f=compiled, x=x, c=counts, d=dims: f(x, c, d),
                 "forward hook": lambda h=hooked, x=x: h(x),
@@ -124,8 +127,8 @@ def steps() -> list[Row]:
             f"SGD with momentum, {count} weights, {pruned:.0%} pruned",
             count * size * 5,
             {
-                "layer_collapse": lambda: masked_sgd_(
-                    [own], [grad], [state[0]], [mask], lr=1e-3, momentum=0.9
+                "layer_collapse": partial(
+                    masked_sgd_, [own], [grad], state[:1], [mask], lr=1e-3, momentum=0.9
                 ),
                 "torch fused": sgd.step,
             },
@@ -134,8 +137,8 @@ def steps() -> list[Row]:
             f"AdamW, {count} weights, {pruned:.0%} pruned",
             count * size * 7,
             {
-                "layer_collapse": lambda: masked_adamw_(
-                    [own], [grad], [state[0]], [state[1]], [], [mask], [step], lr=1e-3
+                "layer_collapse": partial(
+                    masked_adamw_, [own], [grad], state[:1], state[1:], [], [mask], [step], lr=1e-3
                 ),
                 "torch fused": adamw.step,
             },

@@ -1,7 +1,7 @@
 """``make cuda-check``: proves the CUDA kernels on a machine without a GPU.
 
-Runs them on the CPU under sanitizers against the CPU ops (tests/cuda_on_cpu), and compiles them with
-nvcc for every architecture (tests/cuda_static). Ends with "N passed, N failed".
+Runs them on the CPU under sanitizers against the CPU ops (tests/cuda_on_cpu), and compiles them
+with nvcc for every architecture (tests/cuda_static). Ends with "N passed, N failed".
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ struct LedgerTable {
 };
 
 // One block per ledger. summary [L][8], bits [N], states [N] as of the op layer_entropies.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     layer_entropies_kernel(const __grid_constant__ LedgerTable table, double* summary, double* bits,
                            uint8_t* states) {
   const int64_t* ledger = table.ledgers[blockIdx.x];

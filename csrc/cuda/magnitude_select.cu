@@ -9,7 +9,7 @@ namespace layer_collapse {
 namespace {
 
 // cuts [groups], from wanted [groups]. Any number of threads.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     begin_kernel(Cut* cuts, const int64_t* wanted, int64_t groups, int64_t* failures) {
   const int64_t group = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (group < groups) cuts[group] = {0, 0, wanted[group], 0, INT64_MAX, 0};

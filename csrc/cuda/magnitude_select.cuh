@@ -88,7 +88,7 @@ __device__ __forceinline__ void visit_alive(const T* data, const uint32_t* words
 // Adds the digits of the weights that are still in question to hist[group][kBuckets]. names: of the
 // table's tensors, for cuts[group].nan_tensor.
 template <typename T, typename Key>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     histogram_kernel(const __grid_constant__ SelectTable table,
                      const __grid_constant__ TensorNames names, Cut* cuts, const Digit digit,
                      int64_t* hist) {
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // One block per group: chooses the next digit of its cut from hist[group] and clears that.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     choose_kernel(Cut* cuts, const Digit digit, int64_t* hist, int64_t* failures) {
   using Counts = int64_t[kThreads];
   LC_SHARED(Counts, counts);  // of each thread's buckets, then of all before them
@@ -194,7 +194,7 @@ __device__ __forceinline__ Key key_at(const T* data, uint32_t word, int64_t numb
 // Counts the weights below and at the cut. totals [tensors of the list][2], or nullptr; ties: at
 // the cut per segment, or nullptr, offsets[j] being the place of the table's tensor j in it.
 template <typename T, typename Key>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     count_kernel(const __grid_constant__ SelectTable table,
                  const __grid_constant__ TensorNames names, const Cut* cuts, int64_t* totals,
                  const __grid_constant__ TensorNames offsets, int64_t* ties) {
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // shares[n]: what lies below the cut, and the ties in the order of the tensors. One thread.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     shares_kernel(const Cut* cut, const int64_t* totals, int64_t tensors, int64_t* shares) {
   if (threadIdx.x != 0) return;
   int64_t left = cut->wanted > 0 && cut->failed == 0 ? cut->left : 0;
@@ -236,7 +236,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // counts[first .. last) -> the sums of those before each. One block per list entry.
-__global__ void __launch_bounds__(kThreads) scan_kernel(const int64_t* bounds, int64_t* counts) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    scan_kernel(const int64_t* bounds, int64_t* counts) {
   using Sums = int64_t[kMaxWarps + 1];
   LC_SHARED(Sums, sums);  // of each warp, then of all before it; last: of the whole round
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -271,7 +272,7 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(const int64_t* bounds, i
 
 // Clears the bits of each tensor's cut; the first `left` ties by index. Nothing if any cut failed.
 template <typename T, typename Key>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     clear_kernel(const __grid_constant__ SelectTable table, const Cut* cuts,
                  const int64_t* failures, const __grid_constant__ TensorNames offsets,
                  const int64_t* ties) {

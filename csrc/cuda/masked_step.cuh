@@ -229,7 +229,7 @@ __device__ __forceinline__ WordRange words_of_block(const TensorTable<kData>& ta
 inline constexpr int kSgdData = 3, kAdamWData = 6, kZeroData = 1;
 
 template <typename T, bool kMomentum>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     masked_sgd(const __grid_constant__ TensorTable<kSgdData> table, const SgdArguments a) {
   using Real = typename Numeric<T>::Real;
   if (a.step.found_inf.get(0.0) != 0.0) return;
@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename Bits>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     apply_masks(const __grid_constant__ TensorTable<kZeroData> table) {
   const int tensor = tensor_of(table, blockIdx.x);
   if (!table.words[tensor]) return;
@@ -316,7 +316,7 @@ struct MemoryOrder {
 };
 
 // reordered: the mask of the weights in the order of their memory. A warp per word.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     reorder_mask(const __grid_constant__ MemoryOrder order, const uint32_t* words, int64_t numel,
                  uint32_t* reordered) {
   const int64_t count = mask_words(numel);

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +55,11 @@ class Kernels:
 
 
 @pytest.fixture(scope="session")
-def kernels() -> Iterator[Kernels]:
-    yield Kernels(compares_bfloat16=True)
+def kernels() -> Kernels:
+    return Kernels(compares_bfloat16=True)
 
 
 @pytest.fixture(scope="session")
-def kernels_by_minima() -> Iterator[Kernels]:
+def kernels_by_minima() -> Kernels:
     """As compiled for GPUs that cannot compare pairs of bfloat16."""
-    yield Kernels(compares_bfloat16=False)
+    return Kernels(compares_bfloat16=False)

@@ -115,7 +115,10 @@ def table() -> str:
         for case in CASES
     ]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)) for row in [header, *rows]]
+    lines = [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True))
+        for row in [header, *rows]
+    ]
     return "\n".join(
         ["Model, not measured: time if a card moved these bytes at its full bandwidth.", *lines]
     )

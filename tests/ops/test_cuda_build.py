@@ -31,5 +31,5 @@ def test_a_cuda_build_registers_every_op() -> None:
     not cuda.BUILT or torch.cuda.is_available(), reason="needs a CUDA build and no GPU"
 )
 def test_without_a_driver_torch_says_so() -> None:
-    with pytest.raises(RuntimeError, match="no NVIDIA driver|No CUDA GPUs"):
+    with pytest.raises(RuntimeError, match=r"no NVIDIA driver|No CUDA GPUs"):
         torch.ones(2, 3, device="cuda")
