@@ -68,7 +68,12 @@ __device__ __forceinline__ void visit_alive(const T* data, const uint32_t* words
     constexpr uint32_t kShare = kValues == kWordBits ? ~0U : (1U << kValues) - 1;
     const uint32_t alive = word >> place % kWordBits & kShare;
     if (alive == 0) return;  // touches no weight
-    const auto values = Vector<T, kValues>::load(data + place);
+    Vector<T, kValues> values{};
+    if constexpr (kValues == 1) {
+      values = Vector<T, 1>::load(data + place);
+    } else {  // one access: a plain load would be split into one per alive weight
+      values = bits_as<Vector<T, kValues>>(__ldcg(reinterpret_cast<const uint4*>(data + place)));
+    }
     LC_UNROLL
     for (int i = 0; i < kValues; ++i) {
       if ((alive >> i & 1) != 0) visit(key_of<Key, T>(values.get(i)), place + i);

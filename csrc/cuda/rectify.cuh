@@ -211,7 +211,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   using Real = typename Numeric<T>::Real;
   using Values = Vector<T, kValues>;
   constexpr int kRows = static_cast<int>(count_rows(Rectifier::kind));
-  constexpr int kAhead = batch<Rectifier, T>();
+  // counters of eight halves take the registers that a second vector would need
+  constexpr bool kFull = sizeof(T) == 2 && !kOnes<typename Numeric<T>::Pack>;
+  constexpr int kAhead = kFull ? 1 : batch<Rectifier, T>();
   constexpr int kPack = kValues < Numeric<T>::kPack ? kValues : Numeric<T>::kPack;
   const int64_t columns = a.channels / kValues;
   const unsigned tile = blockIdx.x / a.slices, slice = blockIdx.x % a.slices;

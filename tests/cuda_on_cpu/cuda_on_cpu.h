@@ -339,6 +339,8 @@ T __ldcg(const T* cell) {
   return std::atomic_ref<T>(*const_cast<T*>(cell)).load(std::memory_order_relaxed);
 }
 
+inline uint4 __ldcg(const uint4* vector) { return *vector; }
+
 namespace layer_collapse {
 
 // By the rules of PTX, which C leaves open: -0.0 lies below 0.0. Found before the global functions.
