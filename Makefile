@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow sanitize bench bench-quick lint format clean
+.PHONY: help demo test slow sanitize bench bench-quick lint format clean cuda-check cuda-build gpu-report
 
 help:
 	@echo "make demo    layers leave a small network: about a minute, results in runs/demo"
@@ -16,6 +16,9 @@ help:
 	@echo "make sanitize  the native code under ASan and UBSan"
 	@echo "make bench   ratios against peers, measured in this run: about 20 minutes; bench-quick: about 4"
 	@echo "make lint    ruff, mypy and clang-format; make format repairs what can be repaired"
+	@echo "make cuda-check   the CUDA kernels, proven on a machine without a GPU"
+	@echo "make cuda-build   build them against a CUDA torch in .venv-cuda (5.5 GB)"
+	@echo "make gpu-report   tests and benchmarks on this machine's GPU (benchmarks/gpu.md)"
 	@echo "make clean   remove everything that was built"
 
 $(VENV)/packages: requirements/dev.txt
@@ -66,13 +69,34 @@ lint: $(VENV)/extension
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc tests/cuda_on_cpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/packages
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+	find csrc tests/cuda_on_cpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+
+cuda-check: $(VENV)/extension
+	$(BIN)/python tests/cuda_check.py
+
+# A torch with CUDA, and the package built for it. Tests run outside of the tree's own extension.
+CUDA_BIN := .venv-cuda/bin
+.venv-cuda/packages: requirements/cuda-build.txt
+	$(PYTHON) -m venv .venv-cuda
+	$(CUDA_BIN)/pip install --quiet --disable-pip-version-check -r requirements/cuda-build.txt
+	@touch $@
+
+.venv-cuda/extension: .venv-cuda/packages $(SOURCES)
+	LAYER_COLLAPSE_CUDA=1 MAX_JOBS=2 $(CUDA_BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps .
+	@touch $@
+
+cuda-build: .venv-cuda/extension
+	$(CUDA_BIN)/python -P -m pytest -q tests/ops -p no:cacheprovider
+	$(CUDA_BIN)/layer-collapse doctor
+
+gpu-report: .venv-cuda/extension
+	$(CUDA_BIN)/python -P benchmarks/gpu_report.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info layer_collapse/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) .venv-cuda build dist *.egg-info layer_collapse/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

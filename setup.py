@@ -49,35 +49,102 @@ SOURCES = [
     "csrc/cpu/magnitude_select.cpp",
 ]
 
+CUDA_SOURCES = [
+    "csrc/cuda/module.cpp",
+    "csrc/cuda/rectify_op.cpp",
+    "csrc/cuda/rectify.cu",
+    "csrc/cuda/layer_entropies_op.cpp",
+    "csrc/cuda/layer_entropies.cu",
+    "csrc/cuda/masked_step_op.cpp",
+    "csrc/cuda/masked_step.cu",
+    "csrc/cuda/magnitude_op.cpp",
+    "csrc/cuda/magnitude_select.cu",
+]
+ARCHITECTURES = "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
+
+INCLUDES = [pybind11.get_include(), os.path.abspath("csrc")]
+FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",
+    "-Wno-psabi",  # vectors are only passed to functions that are inlined
+    "-fvisibility=hidden",
+    # A fused multiply-add rounds once where torch rounds twice: keep torch's bits.
+    "-ffp-contract=off",
+    # Nobody reads errno or the exception flags; loops with sqrt or selects vectorise.
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    f"-DTORCH_TARGET_VERSION={TARGET}",
+    "-DTORCH_STABLE_ONLY",
+]
 # `make sanitize`: slow code that reports every wrong access and every undefined operation.
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-sanitized = os.environ.get("LAYER_COLLAPSE_SANITIZE") == "1"
+if os.environ.get("LAYER_COLLAPSE_SANITIZE") != "1":
+    SANITIZE = []
+
+
+def find_nvcc() -> str | None:
+    """The compiler itself: what stands on the path may be a script that calls it."""
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    found = [os.path.join(home, "bin", "nvcc") for home in homes if home]
+    return next((path for path in found if os.path.exists(path)), shutil.which("nvcc"))
+
+
+def wants_cuda() -> bool:
+    """LAYER_COLLAPSE_CUDA=0|1 decides; without it, whether this torch and this machine have CUDA.
+
+    The kernels are a library of their own, _C_cuda, so that _C never needs libtorch_cuda and a
+    torch without CUDA can use a package that was built with it.
+    """
+    wish = os.environ.get("LAYER_COLLAPSE_CUDA", "")
+    if wish not in ("", "0", "1"):
+        stop(f"LAYER_COLLAPSE_CUDA must be 0 or 1 (got {wish!r})")
+    if wish == "1" and torch.version.cuda is None:
+        stop(
+            f"LAYER_COLLAPSE_CUDA=1 needs a torch with CUDA, found {torch.__version__}; "
+            "install one or leave the variable out"
+        )
+    if wish == "1" and find_nvcc() is None:
+        stop(
+            "LAYER_COLLAPSE_CUDA=1 needs nvcc, none found; install the CUDA toolkit or set "
+            "CUDA_HOME"
+        )
+    return wish != "0" and torch.version.cuda is not None and find_nvcc() is not None
+
+
+def cuda_extension():
+    # Torch looks for the toolkit beside the nvcc of the path, and asks a GPU for its architecture.
+    os.environ["CUDA_HOME"] = os.path.dirname(os.path.dirname(os.path.realpath(find_nvcc())))
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    from torch.utils import cpp_extension
+
+    cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"]
+    return cpp_extension.CUDAExtension(
+        "layer_collapse._C_cuda",
+        CUDA_SOURCES,
+        include_dirs=INCLUDES,
+        extra_compile_args={
+            "cxx": [*FLAGS, "-DUSE_CUDA"],
+            "nvcc": ["-O3", "-std=c++20", "-lineinfo"],
+        },
+    )
+
+
+extensions = [
+    CppExtension(
+        "layer_collapse._C",
+        SOURCES,
+        include_dirs=INCLUDES,
+        extra_compile_args=FLAGS + SANITIZE,
+        extra_link_args=SANITIZE,
+    )
+]
+if wants_cuda():
+    extensions.append(cuda_extension())
 
 setup(
-    ext_modules=[
-        CppExtension(
-            "layer_collapse._C",
-            SOURCES,
-            include_dirs=[pybind11.get_include(), os.path.abspath("csrc")],
-            extra_compile_args=[
-                "-O3",
-                "-std=c++20",
-                "-Wall",
-                "-Wextra",
-                "-Wno-unused-parameter",
-                "-Wno-psabi",  # vectors are only passed to functions that are inlined
-                "-fvisibility=hidden",
-                # A fused multiply-add rounds once where torch rounds twice: keep torch's bits.
-                "-ffp-contract=off",
-                # Nobody reads errno or the exception flags; loops with sqrt or selects vectorise.
-                "-fno-math-errno",
-                "-fno-trapping-math",
-                f"-DTORCH_TARGET_VERSION={TARGET}",
-                "-DTORCH_STABLE_ONLY",
-                *(SANITIZE if sanitized else []),
-            ],
-            extra_link_args=SANITIZE if sanitized else [],
-        )
-    ],
+    ext_modules=extensions,
     cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
 )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from layer_collapse import _C  # noqa: F401 - registers the ops
+from layer_collapse.ops import cuda
 
 
 def _why_not(device: str) -> str:
@@ -15,8 +15,7 @@ def _why_not(device: str) -> str:
         return ""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key("layer_collapse::rectify", "CUDA")
-    return "" if has_kernel else "the extension is built without CUDA"
+    return "" if cuda.BUILT else "the extension is built without CUDA"
 
 
 @pytest.fixture(params=["cpu", "cuda"])

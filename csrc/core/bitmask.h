@@ -7,20 +7,25 @@
 #include <bit>
 #include <cstdint>
 
+#include "core/host_device.h"
+
 namespace layer_collapse {
 
 inline constexpr int64_t kWordBits = 32;
 
 // Words of a mask for n weights; 0 for n = 0.
-constexpr int64_t mask_words(int64_t numel) { return (numel + kWordBits - 1) / kWordBits; }
+LC_HOST_DEVICE constexpr int64_t mask_words(int64_t numel) {
+  return (numel + kWordBits - 1) / kWordBits;
+}
 
 // Number of weights that word number `word` of n stands for: 32, or fewer in the last one.
-constexpr int64_t weights_in_word(int64_t word, int64_t numel) {
-  return std::min(kWordBits, numel - word * kWordBits);
+LC_HOST_DEVICE constexpr int64_t weights_in_word(int64_t word, int64_t numel) {
+  const int64_t left = numel - word * kWordBits;
+  return left < kWordBits ? left : kWordBits;
 }
 
 // The word whose first `weights` bits are set, for 0 <= weights <= 32.
-constexpr uint32_t full_word(int64_t weights) {
+LC_HOST_DEVICE constexpr uint32_t full_word(int64_t weights) {
   return weights >= kWordBits ? ~uint32_t{0} : (uint32_t{1} << weights) - 1;
 }
 

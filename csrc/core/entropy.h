@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "core/host_device.h"
 #include "core/rectifier.h"
 
 namespace layer_collapse {
@@ -19,15 +20,15 @@ struct Neuron {
   NeuronState state;
 };
 
-inline double entropy_term(int64_t count, int64_t total) {
+LC_HOST_DEVICE inline double entropy_term(int64_t count, int64_t total) {
   if (count <= 0) return 0.0;
   const double p = static_cast<double>(count) / static_cast<double>(total);
   return -p * std::log2(p);
 }
 
 // The column of one neuron in counts [rows][channels]; positions > 0.
-inline Neuron neuron_of(const int64_t* counts, int64_t channels, int64_t channel, int64_t positions,
-                        Kind kind) {
+LC_HOST_DEVICE inline Neuron neuron_of(const int64_t* counts, int64_t channels, int64_t channel,
+                                       int64_t positions, Kind kind) {
   const int64_t positive = counts[channel], negative = counts[channels + channel];
   const int64_t nan = counts[2 * channels + channel];
   const int64_t extra = count_rows(kind) > 3 ? counts[3 * channels + channel] : 0;

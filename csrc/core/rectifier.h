@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "core/host_device.h"
+
 namespace layer_collapse {
 
 enum class Kind : int64_t {
@@ -33,8 +35,13 @@ inline constexpr int64_t kLedgerHeader = 6;
 inline constexpr int64_t kCount = 1;
 inline constexpr int64_t kLive = 2;  // only has an effect along with kCount
 
-constexpr int64_t count_rows(Kind kind) {
+LC_HOST_DEVICE constexpr int64_t count_rows(Kind kind) {
   return kind == Kind::relu6 || kind == Kind::hardswish ? 4 : 3;
+}
+
+// Torch computes these; only the signs are counted here.
+constexpr bool is_smooth(Kind kind) {
+  return kind == Kind::gelu || kind == Kind::gelu_tanh || kind == Kind::silu;
 }
 
 }  // namespace layer_collapse

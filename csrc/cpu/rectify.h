@@ -1,4 +1,4 @@
-// The rectifier on raw memory: what the ops and the eager shortcut (module.cpp) share.
+// The rectifier on raw memory: what the ops and the way past them (eager.cpp) share.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
@@ -45,9 +45,5 @@ void rectify_run(const RectifyCall& call, int64_t* sums);
 
 // Held while a ledger is written: one thread adds at a time, also when two run the same model.
 std::mutex& ledger_mutex();
-
-constexpr bool is_smooth(Kind kind) {
-  return kind == Kind::gelu || kind == Kind::gelu_tanh || kind == Kind::silu;
-}
 
 }  // namespace layer_collapse

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .. import _C, __version__, checkpoint, data, models
 from ..measure.report import NONFINITE
 from ..measure.scan import scan
+from ..ops import cuda
 from ..reduce.fold import fold
 from ..reduce.latency import compare
 from ..reduce.linearize import linearize
@@ -260,7 +261,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
         "cuda_device": (
             torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
         ),
-        "cuda_kernels": "not built: this version runs on the CPU",
+        "cuda_kernels": (
+            "built" if cuda.BUILT else "not built; rebuild with LAYER_COLLAPSE_CUDA=1"
+        ),
         "nvcc": shutil.which("nvcc") or "not found",
     }
     if arguments.json:

@@ -441,9 +441,15 @@ RELU, PRELU = KINDS["relu"].code, KINDS["prelu"].code
         ({"ledger": torch.zeros(22, dtype=torch.int64)[::2]}, r"ledger must be a contiguous"),
         ({"weight": torch.ones(1)}, r"weight belongs to PReLU and to no other kind \(got one\)"),
         ({"kind": PRELU}, r"weight belongs to PReLU and to no other kind \(got none for PReLU\)"),
-        ({"kind": PRELU, "weight": torch.ones(2)}, r"weight must have x's dtype and 1 or 3"),
-        ({"kind": PRELU, "weight": torch.ones(3).half()}, r"weight must have x's dtype and 1 or 3"),
-        ({"valid": torch.ones(2)}, r"valid must be bool \(got Float\)"),
+        (
+            {"kind": PRELU, "weight": torch.ones(2)},
+            r"weight must have x's dtype and device and 1 or 3",
+        ),
+        (
+            {"kind": PRELU, "weight": torch.ones(3).half()},
+            r"weight must have x's dtype and device and 1 or 3",
+        ),
+        ({"valid": torch.ones(2)}, r"valid must be bool on x's device \(got Float\)"),
         ({"valid": torch.ones(3, dtype=torch.bool)}, r"valid must have the shape of x without"),
         ({"valid": torch.ones(2, 1, dtype=torch.bool)}, r"valid must have the shape of x without"),
     ],

@@ -1,0 +1,81 @@
+// What every kernel file includes: the CUDA built-ins, shared memory, launching.
+//
+// The kernels and launchers of this folder are compiled twice: by nvcc for GPUs, and unchanged by a
+// C++ compiler for tests/cuda_on_cpu, whose cuda_on_cpu.h supplies the same names and runs them
+// thread by thread on a CPU. So this folder uses no torch, and of CUDA only what both sides have.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+// LC_SHARED(Type, name): a variable that the threads of a block share, not initialised.
+#define LC_SHARED(Type, name) __shared__ Type name
+// Before a loop over an array that must stay in registers.
+#define LC_UNROLL _Pragma("unroll")
+// Before a loop whose copies would only take registers.
+#define LC_NO_UNROLL _Pragma("unroll 1")
+
+namespace layer_collapse {
+
+// Starts kernel(arguments...) on `stream`; returns the cudaError_t, 0 if all is well.
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
+           const Arguments&... arguments) {
+  kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(
+      arguments...);
+  return static_cast<int>(cudaGetLastError());
+}
+
+// Copies bytes from the device and waits for them.
+inline int fetch(void* host, const void* device, size_t bytes, void* stream) {
+  const auto queue = static_cast<cudaStream_t>(stream);
+  const cudaError_t copied = cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, queue);
+  return static_cast<int>(copied != cudaSuccess ? copied : cudaStreamSynchronize(queue));
+}
+
+}  // namespace layer_collapse
+#else
+#include "cuda_on_cpu.h"
+#endif
+
+// Whether pairs of bfloat16 can be compared (cuda/numeric.cuh); tests set it either way.
+#if !defined(LC_COMPARES_BFLOAT16)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define LC_COMPARES_BFLOAT16 0
+#else
+#define LC_COMPARES_BFLOAT16 1
+#endif
+#endif
+
+namespace layer_collapse {
+
+inline constexpr int kWarp = 32;
+inline constexpr int kThreads = 256;  // of every block that a launcher starts
+inline constexpr int kMaxWarps = 32;  // of any block
+// Blocks of kThreads that a multiprocessor must be able to hold: at most 64 registers per thread.
+inline constexpr int kBlocksPerSm = 4;
+
+using Half = __half;
+using BFloat16 = __nv_bfloat16;
+
+// The bits of a value as another type of the same size; compiles to nothing. By value: a copy from
+// memory would be one byte at a time.
+template <typename To, typename From>
+__device__ __forceinline__ To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// Adds to a counter that other blocks add to as well. Integers: any order gives the same sum.
+__device__ __forceinline__ void add_to(int64_t* cell, int64_t value) {
+  if (value != 0) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(cell), static_cast<unsigned long long>(value));
+  }
+}
+
+}  // namespace layer_collapse

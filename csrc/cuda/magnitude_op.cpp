@@ -1,0 +1,110 @@
+// magnitude_shares and magnitude_prune_ on CUDA: check, allocate, launch. Both wait for the device
+// once, at their end, because they refuse a k out of range and NaN. Weights that are not contiguous
+// are copied, as ties go by logical index.
+#include "cuda/magnitude_select.h"
+
+#include <numeric>
+
+#include "cuda/mask_arguments.h"
+
+namespace layer_collapse {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+// A selection and the memory that it uses.
+struct Selecting {
+  Selection selection;
+  Tensors owned;
+
+  template <typename T = int64_t>
+  T* own(const Tensor& tensor) {
+    owned.push_back(tensor);
+    return static_cast<T*>(owned.back().mutable_data_ptr());
+  }
+};
+
+Selecting select(const char* op, const Tensors& weights, const Tensors& masks,
+                 const std::vector<int64_t>& wanted, bool one_group, void* stream) {
+  check_length(op, "masks", masks.size(), weights.size());
+  Selecting s;
+  s.selection.one_group = one_group;
+  s.selection.threads = kOpThreads;
+  s.selection.stream = stream;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    check_weights(op, "weights", i, weights[i]);
+    check_device(op, "weights", i, weights[i], weights[0]);
+    void* data = s.own<void>(torch::stable::contiguous(weights[i]));
+    s.selection.list.push_back({dtype_of(weights[i].scalar_type()),
+                                weights[i].numel(),
+                                mask_words_of(op, i, masks[i], weights[i]),
+                                {data}});
+  }
+  using torch::stable::new_empty, torch::stable::new_zeros;
+  const int64_t groups = s.selection.groups();
+  s.selection.cuts = s.own(new_empty(weights[0], {groups * cut_words() + 1}, ScalarType::Long));
+  s.selection.histograms = s.own(new_zeros(weights[0], {groups, 2048}, ScalarType::Long));
+  s.selection.wanted = s.own(to_device(wanted, weights[0]));
+  check_launch(op, begin_selection(s.selection));
+  for (int digit = 0; digit < digits(s.selection); ++digit) {
+    check_launch(op, launch_histogram(s.selection, digit));
+    check_launch(op, launch_choose(s.selection, digit));
+  }
+  return s;
+}
+
+Tensor magnitude_shares(Tensors weights, Tensors masks, int64_t k) {
+  constexpr const char* kOp = "magnitude_shares";
+  check(!weights.empty(), kOp, ": weights must hold at least one tensor (got none)");
+  const OnDevice device(weights[0]);
+  Selecting s = select(kOp, weights, masks, {k}, true, device.stream());
+  const auto count = static_cast<int64_t>(weights.size());
+  Tensor shares = torch::stable::new_empty(weights[0], {count}, ScalarType::Long);
+  auto* totals = s.own(torch::stable::new_zeros(weights[0], {count, 2}, ScalarType::Long));
+  check_launch(kOp, launch_shares(s.selection, totals, shares.mutable_data_ptr<int64_t>()));
+  std::vector<FetchedCut> cuts;
+  check_launch(kOp, fetch_cuts(s.selection, cuts));
+  check(k >= 0 && k <= cuts[0].alive, kOp, ": k must lie between 0 and the ", cuts[0].alive,
+        " alive weights (got ", k, ")");
+  check(!cuts[0].failed, kOp, ": alive weights must not be NaN (got NaN in weights[",
+        cuts[0].nan_tensor, "])");
+  return shares;
+}
+
+void magnitude_prune_(Tensors weights, Tensors masks, std::vector<int64_t> counts) {
+  constexpr const char* kOp = "magnitude_prune_";
+  check(counts.size() == weights.size(), kOp, ": counts must hold one number per tensor (got ",
+        counts.size(), " for ", weights.size(), ")");
+  if (weights.empty()) return;
+  const OnDevice device(weights[0]);
+  Selecting s = select(kOp, weights, masks, counts, false, device.stream());
+  for (size_t i = 0; i < weights.size(); ++i) {
+    check(counts[i] == 0 || weights[i].numel() == 0 || s.selection.list[i].words != nullptr, kOp,
+          ": masks[", i, "] must have bits to clear (got an empty mask)");
+  }
+  std::vector<int64_t> bounds{0};
+  for (const MaskedData& tensor : s.selection.list) {
+    bounds.push_back(bounds.back() + segments(tensor));
+  }
+  const auto* places = s.own(to_device(bounds, weights[0]));
+  auto* ties = s.own(torch::stable::new_zeros(weights[0], {bounds.back()}, ScalarType::Long));
+  check_launch(kOp, launch_clear(s.selection, bounds, places, ties));
+  std::vector<FetchedCut> cuts;
+  check_launch(kOp, fetch_cuts(s.selection, cuts));
+  for (size_t i = 0; i < cuts.size(); ++i) {
+    check(counts[i] >= 0 && counts[i] <= cuts[i].alive, kOp, ": counts[", i,
+          "] must lie between 0 and the ", cuts[i].alive, " alive weights (got ", counts[i], ")");
+  }
+  for (size_t i = 0; i < cuts.size(); ++i) {
+    check(!cuts[i].failed, kOp, ": alive weights must not be NaN (got NaN in weights[", i, "])");
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(LC_CUDA_LIBRARY, LC_CUDA_KEY, m) {
+  m.impl("magnitude_shares", TORCH_BOX(&magnitude_shares));
+  m.impl("magnitude_prune_", TORCH_BOX(&magnitude_prune_));
+}
+
+}  // namespace layer_collapse

@@ -1,0 +1,307 @@
+// The exact k smallest |w| among alive weights, over lists of tensors, in the order of a stable
+// sort by (|w|, tensor, index).
+//
+// As on the CPU (cpu/radix_select.h): the bits of |w| order numbers like unsigned integers, so the
+// histogram of the top 11 bits tells the bucket that holds the k-th smallest, a histogram of that
+// bucket's next 11 bits narrows it down, and so on. On a GPU that is, per digit,
+//   histogram_kernel  counts a block's weights in shared memory, then adds to hist[group][2048]
+//   choose_kernel     finds the bucket of every group and clears the histogram
+// with nothing fetched in between: the cut stays in device memory. Between the two the histograms
+// are plain int64 sums: summed over ranks, every rank makes the cut of all ranks' weights.
+// A group is what one k belongs to: all tensors for magnitude_shares, one for magnitude_prune_.
+#pragma once
+
+#include "cuda/reduce.cuh"
+#include "cuda/tensor_list.cuh"
+
+namespace layer_collapse {
+
+inline constexpr int kDigitBits = 11;
+inline constexpr int kBuckets = 1 << kDigitBits;
+
+// A group's cut: every key < prefix, and the first `left` weights whose key is prefix, once all
+// digits are chosen.
+struct Cut {
+  uint64_t prefix;     // the digits chosen so far
+  int64_t left;        // how many of the bucket's weights belong to the k smallest
+  int64_t wanted;      // k
+  int64_t alive;       // weights of the group, known after the first digit
+  int64_t nan_tensor;  // the first tensor with an alive NaN, or INT64_MAX
+  int64_t failed;      // 1 if k is out of range or there is such a tensor: the cut means nothing
+};
+
+// A digit of the keys: bits [low, high) of `bits`; keys that count have `prefix` above them.
+struct Digit {
+  int high, low;
+  bool first;
+};
+
+// |w| as an unsigned integer that orders alike: float, bfloat16 and half as a float's bits, with
+// 64-bit keys all of them as a double's.
+template <typename Key, typename T>
+__device__ __forceinline__ Key key_of(typename Numeric<T>::Real weight) {
+  if constexpr (sizeof(Key) == sizeof(double)) {
+    return bits_as<uint64_t>(static_cast<double>(weight)) & ~(uint64_t{1} << 63);
+  } else {
+    return bits_as<uint32_t>(static_cast<float>(weight)) & ~(uint32_t{1} << 31);
+  }
+}
+template <typename Key>
+__device__ __forceinline__ Key infinity() {
+  return sizeof(Key) == sizeof(double) ? static_cast<Key>(uint64_t{0x7ff} << 52)
+                                       : static_cast<Key>(uint32_t{0xff} << 23);
+}
+
+inline constexpr int kSelectData = 1;
+using SelectTable = TensorTable<kSelectData>;  // group: the tensor's group
+
+// A number for each tensor of a table: its place in the list, or where its ties begin.
+struct TensorNames {
+  int64_t number[SelectTable::kTensors];
+};
+
+// visit(key, weight) for the alive weights of words begin .. end of a tensor.
+template <typename Key, typename T, typename Visit>
+__device__ __forceinline__ void visit_alive(const T* data, const uint32_t* words, int64_t numel,
+                                            int64_t begin, int64_t end, const Visit& visit) {
+  const auto visit_vector = [&]<int kValues>(uint32_t word, int64_t place) {
+    constexpr uint32_t kShare = kValues == kWordBits ? ~0U : (1U << kValues) - 1;
+    const uint32_t alive = word >> place % kWordBits & kShare;
+    if (alive == 0) return;  // touches no weight
+    Vector<T, kValues> values{};
+    if constexpr (kValues == 1) {
+      values = Vector<T, 1>::load(data + place);
+    } else {  // one access: a plain load would be split into one per alive weight
+      values = bits_as<Vector<T, kValues>>(__ldcg(reinterpret_cast<const uint4*>(data + place)));
+    }
+    LC_UNROLL
+    for (int i = 0; i < kValues; ++i) {
+      if ((alive >> i & 1) != 0) visit(key_of<Key, T>(values.get(i)), place + i);
+    }
+  };
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % sizeof(uint4) == 0;
+  const int64_t last = end * kWordBits < numel ? end : numel / kWordBits;
+  const int64_t whole = aligned && last > begin ? last : begin;
+  walk_words<kVectorValues<T>>(words, numel, begin, whole, [&](uint32_t word, int64_t place) {
+    visit_vector.template operator()<kVectorValues<T>>(word, place);
+  });
+  walk_words<1>(words, numel, whole, end, [&](uint32_t word, int64_t place) {
+    visit_vector.template operator()<1>(word, place);
+  });
+}
+
+// Adds the digits of the weights that are still in question to hist[group][kBuckets]. names: of the
+// table's tensors, for cuts[group].nan_tensor.
+template <typename T, typename Key>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    histogram_kernel(const __grid_constant__ SelectTable table,
+                     const __grid_constant__ TensorNames names, Cut* cuts, const Digit digit,
+                     int64_t* hist) {
+  using Buckets = int32_t[kBuckets];
+  LC_SHARED(Buckets, buckets);
+  const int tensor = tensor_of(table, blockIdx.x);
+  Cut& cut = cuts[table.group[tensor]];
+  if (cut.wanted == 0 || cut.failed != 0) return;
+  for (int i = threadIdx.x; i < kBuckets; i += blockDim.x) buckets[i] = 0;
+  __syncthreads();
+  const int64_t words = mask_words(table.numel[tensor]);
+  const int64_t begin = (blockIdx.x - table.first[tensor]) * table.chunk;
+  const int64_t end = begin + table.chunk < words ? begin + table.chunk : words;
+  const auto prefix = static_cast<Key>(cut.prefix);
+  const Key mask = (Key{1} << (digit.high - digit.low)) - 1;
+  bool nan = false;
+  visit_alive<Key>(static_cast<const T*>(table.data[tensor][0]), table.words[tensor],
+                   table.numel[tensor], begin, end, [&](Key key, int64_t) {
+                     nan |= key > infinity<Key>();
+                     if (key >> digit.high == prefix) {
+                       atomicAdd(&buckets[static_cast<int>(key >> digit.low & mask)], 1);
+                     }
+                   });
+  if (digit.first && nan) {
+    atomicMin(reinterpret_cast<long long*>(&cut.nan_tensor),
+              static_cast<long long>(names.number[tensor]));
+  }
+  __syncthreads();
+  int64_t* sums = hist + table.group[tensor] * kBuckets;
+  for (int i = threadIdx.x; i < kBuckets; i += blockDim.x) add_to(sums + i, buckets[i]);
+}
+
+// One block per group: chooses the next digit of its cut from hist[group] and clears that.
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    choose_kernel(Cut* cuts, const Digit digit, int64_t* hist, int64_t* failures) {
+  using Counts = int64_t[kThreads];
+  LC_SHARED(Counts, counts);  // of each thread's buckets, then of all before them
+  Cut& cut = cuts[blockIdx.x];
+  int64_t* mine = hist + blockIdx.x * static_cast<int64_t>(kBuckets);
+  const int share = kBuckets / blockDim.x;
+  int64_t count = 0;
+  for (int i = 0; i < share; ++i) count += mine[threadIdx.x * share + i];
+  counts[threadIdx.x] = count;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int64_t sum = 0;
+    for (unsigned i = 0; i < blockDim.x; ++i) {
+      const int64_t here = counts[i];
+      counts[i] = sum;
+      sum += here;
+    }
+    if (digit.first) {
+      cut.alive = sum;
+      cut.left = cut.wanted;
+      cut.failed = cut.wanted < 0 || cut.wanted > sum || cut.nan_tensor != INT64_MAX;
+      if (cut.failed != 0) add_to(failures, 1);
+    }
+  }
+  __syncthreads();
+  // left is in (counts before the bucket, counts up to it] for exactly one bucket
+  const int64_t left = cut.left;
+  const bool open = cut.wanted > 0 && cut.failed == 0;
+  __syncthreads();
+  int64_t before = counts[threadIdx.x];
+  for (int i = 0; i < share; ++i) {
+    const int bucket = threadIdx.x * share + i;
+    const int64_t here = mine[bucket];
+    if (open && before < left && left <= before + here) {
+      cut.prefix = cut.prefix << (digit.high - digit.low) | static_cast<uint64_t>(bucket);
+      cut.left = left - before;
+    }
+    before += here;
+    mine[bucket] = 0;
+  }
+}
+
+// Words that one warp takes in the kernels below.
+inline constexpr int kSegmentWords = 32;
+
+// visit(tensor, number of the segment in it, first word, last word) for the segments of this warp;
+// table.chunk is a multiple of kSegmentWords. All lanes of a warp visit together.
+template <typename Visit>
+__device__ __forceinline__ void visit_segments(const SelectTable& table, const Visit& visit) {
+  const int tensor = tensor_of(table, blockIdx.x);
+  const int64_t words = mask_words(table.numel[tensor]);
+  const int64_t begin = (blockIdx.x - table.first[tensor]) * table.chunk;
+  const int64_t end = begin + table.chunk < words ? begin + table.chunk : words;
+  const int64_t stride = static_cast<int64_t>(blockDim.x / kWarp) * kSegmentWords;
+  for (int64_t first = begin + threadIdx.x / kWarp * kSegmentWords; first < end; first += stride) {
+    const int64_t last = first + kSegmentWords < end ? first + kSegmentWords : end;
+    visit(tensor, first / kSegmentWords, first, last);
+  }
+}
+
+// The key of the weight at this lane's bit of a word, if that is alive.
+template <typename Key, typename T>
+__device__ __forceinline__ Key key_at(const T* data, uint32_t word, int64_t number) {
+  const int lane = threadIdx.x % kWarp;
+  if ((word >> lane & 1) == 0) return 0;
+  return key_of<Key, T>(widen(data[number * kWordBits + lane]));
+}
+
+// Counts the weights below and at the cut. totals [tensors of the list][2], or nullptr; ties: at
+// the cut per segment, or nullptr, offsets[j] being the place of the table's tensor j in it.
+template <typename T, typename Key>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    count_kernel(const __grid_constant__ SelectTable table,
+                 const __grid_constant__ TensorNames names, const Cut* cuts, int64_t* totals,
+                 const __grid_constant__ TensorNames offsets, int64_t* ties) {
+  const Cut& cut = cuts[table.group[tensor_of(table, blockIdx.x)]];
+  if (cut.wanted <= 0 || cut.failed != 0) return;
+  const auto limit = static_cast<Key>(cut.prefix);
+  visit_segments(table, [&](int tensor, int64_t segment, int64_t first, int64_t last) {
+    const T* data = static_cast<const T*>(table.data[tensor][0]);
+    int32_t below = 0, equal = 0;
+    for (int64_t number = first; number < last; ++number) {
+      const uint32_t word = word_of(table.words[tensor], number, table.numel[tensor]);
+      if (word == 0) continue;  // the same in every lane
+      const Key key = key_at<Key>(data, word, number);
+      const bool alive = (word >> (threadIdx.x % kWarp) & 1) != 0;
+      below += alive && key < limit;
+      equal += alive && key == limit;
+    }
+    below = warp_sum(below);
+    equal = warp_sum(equal);
+    if (threadIdx.x % kWarp != 0) return;
+    if (ties) ties[offsets.number[tensor] + segment] = equal;
+    if (totals) {
+      add_to(totals + 2 * names.number[tensor], below);
+      add_to(totals + 2 * names.number[tensor] + 1, equal);
+    }
+  });
+}
+
+// shares[n]: what lies below the cut, and the ties in the order of the tensors. One thread.
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    shares_kernel(const Cut* cut, const int64_t* totals, int64_t tensors, int64_t* shares) {
+  if (threadIdx.x != 0) return;
+  int64_t left = cut->wanted > 0 && cut->failed == 0 ? cut->left : 0;
+  for (int64_t i = 0; i < tensors; ++i) {
+    const int64_t equal = totals[2 * i + 1], taken = left < equal ? left : equal;
+    shares[i] = totals[2 * i] + taken;
+    left -= taken;
+  }
+}
+
+// counts[first .. last) -> the sums of those before each. One block per list entry.
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    scan_kernel(const int64_t* bounds, int64_t* counts) {
+  using Sums = int64_t[kMaxWarps + 1];
+  LC_SHARED(Sums, sums);  // of each warp, then of all before it; last: of the whole round
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int warps = blockDim.x / kWarp;
+  const int64_t last = bounds[blockIdx.x + 1];
+  int64_t carried = 0;
+  for (int64_t base = bounds[blockIdx.x]; base < last; base += blockDim.x) {
+    const int64_t place = base + threadIdx.x;
+    const int64_t own = place < last ? counts[place] : 0;
+    int64_t upto = own;
+    for (int distance = 1; distance < kWarp; distance *= 2) {
+      const int64_t other = __shfl_up_sync(~0U, upto, distance);
+      if (lane >= distance) upto += other;
+    }
+    if (lane == kWarp - 1) sums[warp] = upto;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      int64_t sum = 0;
+      for (int i = 0; i < warps; ++i) {
+        const int64_t here = sums[i];
+        sums[i] = sum;
+        sum += here;
+      }
+      sums[kMaxWarps] = sum;
+    }
+    __syncthreads();
+    if (place < last) counts[place] = carried + sums[warp] + upto - own;
+    carried += sums[kMaxWarps];
+    __syncthreads();  // before the next round writes the sums
+  }
+}
+
+// Clears the bits of each tensor's cut; the first `left` ties by index. Nothing if any cut failed.
+template <typename T, typename Key>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    clear_kernel(const __grid_constant__ SelectTable table, const Cut* cuts,
+                 const int64_t* failures, const __grid_constant__ TensorNames offsets,
+                 const int64_t* ties) {
+  const Cut& cut = cuts[table.group[tensor_of(table, blockIdx.x)]];
+  if (cut.wanted <= 0 || *failures != 0) return;
+  const auto limit = static_cast<Key>(cut.prefix);
+  const int lane = threadIdx.x % kWarp;
+  visit_segments(table, [&](int tensor, int64_t segment, int64_t first, int64_t last) {
+    const T* data = static_cast<const T*>(table.data[tensor][0]);
+    auto* words = const_cast<uint32_t*>(table.words[tensor]);
+    int64_t left = cut.left - ties[offsets.number[tensor] + segment];  // ties yet to take
+    for (int64_t number = first; number < last; ++number) {
+      const uint32_t word = word_of(words, number, table.numel[tensor]);
+      if (word == 0) continue;
+      const Key key = key_at<Key>(data, word, number);
+      const bool alive = (word >> lane & 1) != 0;
+      const uint32_t equal = __ballot_sync(~0U, alive && key == limit);
+      const int earlier = __popc(equal & ((1U << lane) - 1));
+      const bool goes = alive && (key < limit || (key == limit && earlier < left));
+      const uint32_t cleared = __ballot_sync(~0U, goes);
+      if (lane == 0 && cleared != 0) words[number] = word & ~cleared;
+      left -= __popc(equal);
+    }
+  });
+}
+
+}  // namespace layer_collapse

@@ -1,0 +1,276 @@
+// One arithmetic interface over float, double, half and bfloat16. Values are handled in packs: one
+// float or double, or a pair of halves in one register, handled at once.
+//
+// Counting goes through marks, one 32-bit word per pack and row, added up in 32-bit counters:
+//   masks  all bits of the values for which something holds (pairs of halves compare so in one
+//          instruction). Subtracting one counts: -0xffffffff adds 1, and for pairs -0x0000ffff and
+//          -0xffff0000 leave the low count in the low 16 bits and (high - low) in the high ones.
+//   ones   1 in the low bit of each such value, made by minima, which are cheaper than comparing
+//          and adding for float, and all that bfloat16 has before sm_90. Adding one counts.
+// A pair's counter must see fewer than 2^16 packs; the launchers see to it.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/device.cuh"
+
+namespace layer_collapse {
+
+// Pack: what T is handled in; kPack: its values; Real: what arithmetic on T is done in.
+template <typename T>
+struct Numeric {
+  using Pack = T;
+  using Real = T;
+  static constexpr int kPack = 1;
+};
+template <>
+struct Numeric<Half> {
+  using Pack = __half2;
+  using Real = float;
+  static constexpr int kPack = 2;
+};
+template <>
+struct Numeric<BFloat16> {
+  using Pack = __nv_bfloat162;
+  using Real = float;
+  static constexpr int kPack = 2;
+};
+
+template <typename Pack>
+inline constexpr bool kOnes =
+    std::is_same_v<Pack, float> || (!LC_COMPARES_BFLOAT16 && std::is_same_v<Pack, __nv_bfloat162>);
+
+// Minimum, maximum and magnitude of packs; of NaN and a number the number; -0.0 lies below 0.0.
+__device__ __forceinline__ float least(float a, float b) { return fminf(a, b); }
+__device__ __forceinline__ float largest(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ float magnitude(float v) { return fabsf(v); }
+__device__ __forceinline__ double magnitude(double v) { return fabs(v); }
+__device__ __forceinline__ __half2 magnitude(__half2 v) { return __habs2(v); }
+__device__ __forceinline__ __nv_bfloat162 least(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return __hmin2(a, b);
+}
+__device__ __forceinline__ __nv_bfloat162 largest(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return __hmax2(a, b);
+}
+__device__ __forceinline__ __nv_bfloat162 magnitude(__nv_bfloat162 v) { return __habs2(v); }
+
+// A value in every place of a pack.
+template <typename Pack>
+__device__ __forceinline__ Pack filled(float value) {
+  if constexpr (std::is_same_v<Pack, __half2>) {
+    return __float2half2_rn(value);
+  } else if constexpr (std::is_same_v<Pack, __nv_bfloat162>) {
+    return __float2bfloat162_rn(value);
+  } else {
+    return static_cast<Pack>(value);
+  }
+}
+
+// The mask of left > right, NaN being neither; of v != v.
+template <typename Pack>
+__device__ __forceinline__ uint32_t greater(Pack left, Pack right) {
+  if constexpr (sizeof(Pack) == sizeof(double)) {
+    return left > right ? ~0U : 0U;
+  } else {
+    return __hgt2_mask(left, right);
+  }
+}
+template <typename Pack>
+__device__ __forceinline__ uint32_t is_nan(Pack v) {
+  if constexpr (sizeof(Pack) == sizeof(double)) {
+    return v != v ? ~0U : 0U;
+  } else {
+    return __hneu2_mask(v, v);
+  }
+}
+
+// Ones of v != 0 (NaN is not 0), for v > 0, 0.0 (not -0.0) or NaN: the smallest positive number has
+// the bits 1.
+template <typename Pack>
+__device__ __forceinline__ uint32_t ones_of(Pack v) {
+  const uint32_t smallest = std::is_same_v<Pack, float> ? 1U : 0x00010001U;
+  return bits_as<uint32_t>(least(v, bits_as<Pack>(smallest)));
+}
+
+// v > 0 ? v : 0, but NaN stays NaN. -0.0 becomes 0.0, as the hardware's maximum has it.
+template <typename Pack>
+__device__ __forceinline__ Pack rectified(Pack v) {
+  if constexpr (std::is_same_v<Pack, float> || std::is_same_v<Pack, double>) {
+    return v <= Pack(0) ? Pack(0) : v;
+  } else if constexpr (kOnes<Pack>) {
+    return __hmax2_nan(v, Pack{});
+  } else {
+    return bits_as<Pack>(bits_as<uint32_t>(v) & (greater(v, Pack{}) | is_nan(v)));
+  }
+}
+
+// v > bound ? yes : no, value by value.
+template <typename Pack>
+__device__ __forceinline__ Pack if_above(Pack v, float bound, Pack yes, Pack no) {
+  if constexpr (std::is_same_v<Pack, float> || std::is_same_v<Pack, double>) {
+    return v > Pack(bound) ? yes : no;
+  } else {
+    const uint32_t mask = greater(v, filled<Pack>(bound));
+    return bits_as<Pack>((bits_as<uint32_t>(yes) & mask) | (bits_as<uint32_t>(no) & ~mask));
+  }
+}
+
+// The marks of a pack's signs. Their sums are the rows of a ledger after rows_of_sums.
+struct Marks {
+  uint32_t rows[3];
+};
+template <typename Pack>
+__device__ __forceinline__ Marks marks_of(Pack v) {
+  if constexpr (kOnes<Pack>) {  // of v > 0; v > 0 or NaN; v != 0 or NaN
+    return {ones_of(largest(v, Pack{})), ones_of(rectified(v)), ones_of(magnitude(v))};
+  } else {
+    return {greater(v, Pack{}), greater(Pack{}, v), is_nan(v)};
+  }
+}
+template <typename Pack>
+__device__ __forceinline__ void rows_of_sums(int32_t* sums) {  // [3]: z > 0, z < 0, NaN
+  if constexpr (kOnes<Pack>) {
+    const int32_t positive = sums[0], positive_or_nan = sums[1], not_zero = sums[2];
+    sums[1] = not_zero - positive_or_nan;
+    sums[2] = positive_or_nan - positive;
+  }
+}
+
+// The mark of v > bound, for bound > 0; numbers >= 0 are ordered and differ as their bits do.
+template <typename Pack>
+__device__ __forceinline__ uint32_t mark_above(Pack v, float bound) {
+  const Pack edge = filled<Pack>(bound);
+  if constexpr (kOnes<Pack>) {
+    return ones_of(bits_as<Pack>(bits_as<uint32_t>(largest(v, edge)) - bits_as<uint32_t>(edge)));
+  } else {
+    return greater(v, edge);
+  }
+}
+// The mark of |v| < bound.
+template <typename Pack>
+__device__ __forceinline__ uint32_t mark_inside(Pack v, float bound) {
+  const Pack edge = filled<Pack>(bound);
+  if constexpr (kOnes<Pack>) {
+    return ones_of(
+        bits_as<Pack>(bits_as<uint32_t>(edge) - bits_as<uint32_t>(least(magnitude(v), edge))));
+  } else {
+    return greater(edge, magnitude(v));
+  }
+}
+
+// Values of T to what it is computed in and back, rounded to nearest even.
+__device__ __forceinline__ float widen(float v) { return v; }
+__device__ __forceinline__ double widen(double v) { return v; }
+__device__ __forceinline__ float widen(Half v) { return __half2float(v); }
+__device__ __forceinline__ float widen(BFloat16 v) { return __bfloat162float(v); }
+template <typename T>
+__device__ __forceinline__ T narrow(typename Numeric<T>::Real v) {
+  if constexpr (std::is_same_v<T, decltype(v)>) {
+    return v;
+  } else if constexpr (std::is_same_v<T, Half>) {
+    return __float2half_rn(v);
+  } else {
+    return __float2bfloat16_rn(v);
+  }
+}
+
+// change(value, i) of every value i of a pack, computed in Real.
+template <typename Change>
+__device__ __forceinline__ float transform(float v, const Change& change) {
+  return change(v, 0);
+}
+template <typename Change>
+__device__ __forceinline__ double transform(double v, const Change& change) {
+  return change(v, 0);
+}
+template <typename Change>
+__device__ __forceinline__ __half2 transform(__half2 v, const Change& change) {
+  const float2 wide = __half22float2(v);
+  return __floats2half2_rn(change(wide.x, 0), change(wide.y, 1));
+}
+template <typename Change>
+__device__ __forceinline__ __nv_bfloat162 transform(__nv_bfloat162 v, const Change& change) {
+  const float2 wide = __bfloat1622float2(v);
+  return __floats2bfloat162_rn(change(wide.x, 0), change(wide.y, 1));
+}
+
+// The same value in every place of a pack.
+template <typename T>
+__device__ __forceinline__ typename Numeric<T>::Pack fill(float value) {
+  typename Numeric<T>::Pack pack{};
+  return transform(pack, [value](auto zero, int) { return zero + value; });
+}
+
+// Counts a mark of packs of T.
+template <typename T>
+__device__ __forceinline__ void tally(uint32_t& counter, uint32_t mark) {
+  kOnes<typename Numeric<T>::Pack> ? counter += mark : counter -= mark;
+}
+
+// The number that a counter has counted in value i of its packs, and in all of them.
+template <typename T>
+__device__ __forceinline__ int32_t counted_in(uint32_t counter, int i) {
+  using Pack = typename Numeric<T>::Pack;
+  if constexpr (Numeric<T>::kPack == 1) {
+    return static_cast<int32_t>(counter);
+  } else {
+    const uint32_t low = counter & 0xffffU, high = counter >> 16;
+    return static_cast<int32_t>(i == 0 ? low : kOnes<Pack> ? high : (high + low) & 0xffffU);
+  }
+}
+template <typename T>
+__device__ __forceinline__ int32_t counted(uint32_t counter) {
+  int32_t sum = 0;
+  LC_UNROLL
+  for (int i = 0; i < Numeric<T>::kPack; ++i) sum += counted_in<T>(counter, i);
+  return sum;
+}
+
+// kValues values of T that lie side by side: 16 bytes in one access, or a single value. A single
+// half fills the low place of its pair, and kLanes is the mask of what is really there.
+template <typename T, int kValues>
+struct Vector {
+  using Pack = typename Numeric<T>::Pack;
+  static constexpr int kPacks = kValues >= Numeric<T>::kPack ? kValues / Numeric<T>::kPack : 1;
+  static constexpr uint32_t kLanes = kValues >= Numeric<T>::kPack ? ~0U : 0xffffU;
+
+  Pack packs[kPacks];
+
+  static __device__ __forceinline__ Vector load(const T* source) {
+    Vector vector{};
+    if constexpr (kValues == 1) {
+      const T value = *source;
+      memcpy(&vector, &value, sizeof(T));
+    } else {
+      static_assert(sizeof(Vector) == sizeof(uint4));
+      vector = bits_as<Vector>(*reinterpret_cast<const uint4*>(source));
+    }
+    return vector;
+  }
+
+  __device__ __forceinline__ void store(T* target) const {
+    if constexpr (kValues == 1) {
+      T value;
+      memcpy(&value, this, sizeof(T));
+      *target = value;
+    } else {
+      *reinterpret_cast<uint4*>(target) = bits_as<uint4>(*this);
+    }
+  }
+
+  // The value at place i, in what it is computed in.
+  __device__ __forceinline__ typename Numeric<T>::Real get(int i) const {
+    T value;
+    memcpy(&value, reinterpret_cast<const char*>(this) + i * sizeof(T), sizeof(T));
+    return widen(value);
+  }
+  __device__ __forceinline__ void set(int i, typename Numeric<T>::Real real) {
+    const T value = narrow<T>(real);
+    memcpy(reinterpret_cast<char*>(this) + i * sizeof(T), &value, sizeof(T));
+  }
+};
+
+template <typename T>
+inline constexpr int kVectorValues = static_cast<int>(sizeof(uint4) / sizeof(T));
+
+}  // namespace layer_collapse

@@ -1,0 +1,146 @@
+"""Compiles csrc/cuda for every architecture and reads off what the kernels will need of a GPU."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from sass import Loop, kernels
+from tools import nvcc, nvdisasm
+
+ROOT = Path(__file__).parents[2]
+SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
+JSON = ROOT / "build" / "cuda_static.json"
+
+_ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
+_STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_USED = re.compile(r"Used (\d+) registers")
+_SHARED = re.compile(r"(\d+) bytes smem")
+#: What ptxas -v says of every kernel; any other line is a warning or worse.
+_EXPECTED = re.compile(r"ptxas info|bytes stack frame|^\s*$")
+
+
+@dataclass
+class Figures:
+    """One kernel on one architecture."""
+
+    kernel: str  # readable: name<template arguments>
+    arch: str
+    registers: int = 0
+    stack: int = 0
+    spills: int = 0
+    shared: int = 0
+    loads_128: int = 0
+    stores_128: int = 0
+    instructions: int = 0
+    #: of the innermost loop with the most 16-byte loads (then the shortest): None without one
+    loop_instructions: int | None = None
+    loop_loads_128: int = 0
+    loop_stores_128: int = 0
+
+    @property
+    def per_16_bytes(self) -> float | None:
+        if self.loop_instructions is None:
+            return None
+        return self.loop_instructions / self.loop_loads_128
+
+
+@dataclass
+class Report:
+    figures: list[Figures] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def readable(names: list[str]) -> list[str]:
+    """Demangled, without namespace, return type and parameters."""
+    text = subprocess.run(
+        ["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True
+    ).stdout
+    return [
+        re.sub(r"\(anonymous namespace\)::|layer_collapse::|^void ", "", line).split("(")[0]
+        for line in text.splitlines()
+    ]
+
+
+def _vectors(loop: Loop) -> tuple[int, int]:
+    return loop.count("LDG", "128") + loop.count("LD", "128"), loop.count("STG", "128")
+
+
+def _compile(source: Path, arch: str, folder: Path) -> tuple[Path, str]:
+    """The cubin and what nvcc said."""
+    target = folder / f"{source.stem}.{arch}.cubin"
+    command = [
+        nvcc(),
+        "-std=c++20",
+        "-O3",
+        "--expt-relaxed-constexpr",
+        f"-I{ROOT / 'csrc'}",
+        f"-arch={arch}",
+        "-Xptxas",
+        "-v",
+        "-cubin",
+        source,
+        "-o",
+        target,
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"nvcc failed on {source.name} for {arch}:\n{result.stderr[:2000]}")
+    return target, result.stdout + result.stderr
+
+
+def collect(folder: Path) -> Report:
+    """Figures of every kernel of every source on every architecture."""
+    report = Report()
+    disassembler = nvdisasm()
+    assert disassembler is not None
+    for source in SOURCES:
+        for arch in ARCHITECTURES:
+            cubin, said = _compile(source, arch, folder)
+            found: dict[str, Figures] = {}
+            name = ""
+            for line in said.splitlines():
+                if entry := _ENTRY.search(line):
+                    name = entry[1]
+                    found[name] = Figures("", arch)
+                elif name and (stack := _STACK.search(line)):
+                    found[name].stack = int(stack[1])
+                    found[name].spills = int(stack[2]) + int(stack[3])
+                elif name and (used := _USED.search(line)):
+                    found[name].registers = int(used[1])
+                    shared = _SHARED.search(line)
+                    found[name].shared = int(shared[1]) if shared else 0
+                if not _EXPECTED.search(line):
+                    report.warnings.append(f"{source.name} {arch}: {line}")
+            for kernel in kernels(cubin, disassembler):
+                figures = found[kernel.name]
+                figures.instructions = len(kernel.opcodes)
+                figures.loads_128, figures.stores_128 = _vectors(Loop(kernel.opcodes))
+                loops = [loop for loop in kernel.loops if _vectors(loop)[0] > 0]
+                if loops:
+                    best = max(loops, key=lambda loop: (_vectors(loop)[0], -len(loop.opcodes)))
+                    figures.loop_instructions = len(best.opcodes)
+                    figures.loop_loads_128, figures.loop_stores_128 = _vectors(best)
+            for figures, kernel_name in zip(found.values(), readable(list(found)), strict=True):
+                figures.kernel = kernel_name
+            report.figures += found.values()
+    return report
+
+
+def write(report: Report, path: Path = JSON) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{**asdict(f), "per_16_bytes": f.per_16_bytes} for f in report.figures]
+    path.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    folder = ROOT / "build" / "cubins"
+    folder.mkdir(parents=True, exist_ok=True)
+    report = collect(folder)
+    write(report)
+    print(f"{len(report.figures)} kernels x architectures in {JSON}", file=sys.stderr)

@@ -1,0 +1,27 @@
+"""Where nvcc and nvdisasm are."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import site
+from pathlib import Path
+
+
+def _candidates(name: str) -> list[Path]:
+    found = [Path(path) for path in (shutil.which(name),) if path]
+    for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
+        if home:
+            found.append(Path(home) / "bin" / name)
+    # the wheels of nvidia-cuda-nvcc and nvidia-cuda-nvdisasm
+    for folder in site.getsitepackages():
+        found += sorted(Path(folder).glob(f"nvidia/cu*/bin/{name}"))
+    return [path for path in found if path.is_file() and os.access(path, os.X_OK)]
+
+
+def nvcc() -> Path | None:
+    return next(iter(_candidates("nvcc")), None)
+
+
+def nvdisasm() -> Path | None:
+    return next(iter(_candidates("nvdisasm")), None)
