@@ -6,9 +6,8 @@ import os
 import subprocess
 from pathlib import Path
 
+import harness_build as build
 import pytest
-
-import build
 
 #: bug -> (how it is compiled, what the process says before it fails)
 BUGS = {
