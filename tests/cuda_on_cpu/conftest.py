@@ -16,7 +16,7 @@ from layer_collapse import _C  # noqa: F401 - registers the ops whose schemas th
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "ops")]
 
-import build  # noqa: E402 - stands in this folder
+import harness_build as build  # noqa: E402 - stands in this folder
 
 #: (schedule, threads per block): threads and blocks ascending, descending and shuffled
 GEOMETRIES = ((0, 256), (1, 64), (5, 128), (9, 256))

@@ -1,4 +1,4 @@
-"""Compiles the kernels of csrc/cuda for the CPU: ``build.py KIND TARGET`` or :func:`build`.
+"""Compiles the kernels of csrc/cuda for the CPU: ``harness_build.py KIND TARGET`` or :func:`build`.
 
 ``ops``: their ops as a library that registers them for CPU tensors, as layer_collapse_on_cpu.*,
 with AddressSanitizer and UndefinedBehaviorSanitizer. ``ops_minima`` is the same with bfloat16
