@@ -18,9 +18,7 @@ def add_commands(commands: Any) -> None:
         "their weights or data in the cache folder ($LAYER_COLLAPSE_CACHE chooses another).",
         epilog="example: layer-collapse fetch efficientnet-lite0 imagenet-20",
     )
-    fetch.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"{', '.join(assets.NAMES)}; or all"
-    )
+    fetch.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(assets.NAMES)}")
     fetch.set_defaults(run=_fetch)
 
 

@@ -158,5 +158,6 @@ def minilm(classes: int = 0, activation: str = "gelu") -> Encoder:
     theirs = load_file(assets.fetch("minilm") / "weights.safetensors")
     ours = {name: value for key, value in theirs.items() if (name := _our_name(key)) is not None}
     missing, unexpected = model.load_state_dict(ours, strict=False)
-    assert not unexpected and all(name.startswith("head.") for name in missing), missing
+    assert not unexpected, unexpected
+    assert all(name.startswith("head.") for name in missing), missing
     return model.eval()
