@@ -117,34 +117,30 @@ def _chain(b: Builder, hazard: str) -> list[nn.Module]:
 
 
 def _branch(b: Builder, body: Callable[[], list[nn.Module]]) -> nn.Module:
-    """A body with a way around it, where the shapes allow one."""
-    channels, size = b.channels, list(b.size)
+    """A body with a way around it; a layer with neither where the shapes allow none."""
+    channels, size, drawn = b.channels, list(b.size), len(b.drawn)
     b.in_branch = True
     layers = body()
     b.in_branch = False
-    weighted = [m for m in layers if isinstance(m, (nn.Linear, *CONV))]
-    if b.often(12):
-        b.drawn.append(("weights", "empty branch"))
-        nn.init.zeros_(b.pick(*weighted).weight)
-    after = b.gate() if b.often(40) else nn.Identity()
     out_channels, out_size = b.channels, list(b.size)
     shortcut: nn.Module = nn.Identity()
     kind = "identity"
     if (channels, size) != (out_channels, out_size) or (size and b.often(15)):
-        if not size:
-            return nn.Sequential(*layers, after)
         b.channels, b.size = channels, list(size)
         strides = {-(-n // m) for n, m in zip(size, out_size, strict=True)}
         kind = b.pick("1x1", "1x1 with norm")
-        drawn = len(b.drawn)
-        shortcut = b.conv(out_channels, "1", "size", str(strides.pop()), "1")
+        shortcut = b.conv(out_channels, "1", "size", str(max(strides)), "1")
         if kind == "1x1 with norm":
             shortcut = nn.Sequential(shortcut, b.norm("between"))
-        if strides or b.size != out_size:
+        if b.size != out_size:
             del b.drawn[drawn:]
-            b.channels, b.size = out_channels, out_size
-            return nn.Sequential(*layers, after)
+            b.channels, b.size = channels, size
+            return nn.Sequential(*b.unit())
     b.drawn.append(("shortcut", kind))
+    if b.often(12):
+        b.drawn.append(("weights", "empty branch"))
+        nn.init.zeros_(b.pick(*(m for m in layers if isinstance(m, (nn.Linear, *CONV)))).weight)
+    after = b.gate() if b.often(40) else nn.Identity()
     form = b.pick("+", "+=", "torch.add", "+ relu")
     return Sum(nn.Sequential(*layers), shortcut, after, form)
 
@@ -199,7 +195,7 @@ def _mlp_body(b: Builder) -> list[nn.Module]:
     width = b.channels
     layers: list[nn.Module] = [nn.LayerNorm(width).double()] if b.often(50) else []
     layers += b.unit(out=2 * width)
-    return layers + b.unit(out=b.pick(width, width, width, 3))
+    return layers + b.unit(out=width)
 
 
 def _mlp(b: Builder) -> list[nn.Module]:
