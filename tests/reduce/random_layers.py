@@ -110,7 +110,7 @@ class Builder:
             extra: padding on top.
         """
         dims = len(self.size)
-        kernel = kernel or self.pick("1", "1", "1", "2", "3", "3", "4", "5", "mixed", "mixed")
+        kernel = kernel or self.pick(*"111233345", "mixed", "mixed", "mixed")
         k = [self.pick(1, 2, 3) for _ in range(dims)] if kernel == "mixed" else [int(kernel)] * dims
         if keep in ("size", "valid"):
             k = [size + 1 - size % 2 for size in k]
@@ -121,7 +121,7 @@ class Builder:
             or self.pick(*"111123", "mixed", "mixed", "tile")
         )
         padding = {"size": "half", "valid": "0", "tile": "0"}.get(keep) or self.pick(
-            "0", "0", "half", "half", "more", "mixed", "mixed", "same", "same"
+            "0", "0", "half", "more", "mixed", "mixed", "same", "same", "same"
         )
         s = {"mixed": [self.pick(1, 2) for _ in k], "tile": list(k)}.get(stride)
         s = s or [int(stride)] * dims
@@ -230,7 +230,7 @@ class Builder:
     def gate(self) -> nn.Module:
         """A rectifier that still lives, or the gate that pruning has left of one."""
         gates = ["on", "mixed", "mixed", "slope", "saturated", "any"] * 2
-        inside = ["off", "off", "constant", "constant"] if self.in_branch else []
+        inside = ["off", "constant"] * 3 if self.in_branch else []
         kind = self.choose("gate", *gates, *inside, *_LIVE, "prelu")
         if kind in _LIVE:
             return _LIVE[kind]()
@@ -257,7 +257,7 @@ class Builder:
         return AffineGate(scale, offset, behind if self.tokens else self.pick(1, behind))
 
     def pool(self) -> list[nn.Module]:
-        if min(self.size) < 2 or not self.often(15):
+        if min(self.size) < 2 or not self.often(20):
             return []
         kind = self.choose("pooling", "max", "average")
         self.size = [n // 2 for n in self.size]

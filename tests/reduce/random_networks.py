@@ -67,6 +67,7 @@ class Network:
 
     model: nn.Module
     shapes: list[tuple[int, ...]]  # the first is that of the example inputs
+    period: list[int]  # sizes that differ by it are strided over alike
     seed: int  # network(seed) gives it again
     border: str  # what to do where zero padding makes a merge inexact
     drawn: list[tuple[str, str]]  # (family, class)
@@ -225,6 +226,16 @@ _FAMILIES: dict[str, Callable[[Builder], list[nn.Module]]] = {
 }
 
 
+def _period(model: nn.Module, dims: int) -> list[int]:
+    period = [1] * dims
+    for name, module in model.named_modules():
+        stride = getattr(module, "stride", 1)
+        each = stride if isinstance(stride, tuple) else (stride,) * dims
+        if "shortcut" not in name:
+            period = [a * b for a, b in zip(period, each, strict=False)]
+    return period
+
+
 def network(seed: int) -> Network:
     """A network with at least two weighted layers, in float64 and evaluation mode."""
     b = Builder(seed)
@@ -232,7 +243,7 @@ def network(seed: int) -> Network:
         "network", "conv chain", "conv chain", "conv chain", *_FAMILIES, "residual", "linear chain"
     )
     in_chain = ("shared", "used twice") if family not in _FAMILIES else ()
-    hazard = b.choose("hazard", *["none"] * 7, "hook", *in_chain)
+    hazard = b.choose("hazard", *["none"] * 10, "hook", *in_chain * 2)
     features = family in ("linear chain", "residual mlp")
     b.channels = b.pick(2, 3, 4, 6)
     if not features:
@@ -259,4 +270,4 @@ def network(seed: int) -> Network:
             size = [n + add for n, add in zip(start[2:], more, strict=False)]
             shapes.append((1, start[1], *size))
     border = b.choose("border", *CLASSES["border"])
-    return Network(model, shapes, seed, border, b.drawn)
+    return Network(model, shapes, _period(model, len(start) - 2), seed, border, b.drawn)

@@ -16,9 +16,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from layer_collapse.reduce import proof, rules
 from layer_collapse.reduce.fold import FoldResult, fold
+from layer_collapse.reduce.work import Plan, Work
 
 from . import folding_oracle as oracle
 from .random_layers import CLASSES, Builder
@@ -43,24 +45,35 @@ def answer(model: nn.Module, x: Tensor) -> Tensor | Exception:
     return result
 
 
-def one_size_only(result: FoldResult) -> bool:
-    return any("this input size only" in f.detail for f in result.report.folds)
+def validity(result: FoldResult) -> str:
+    """For which input sizes the report says that the folded network is right."""
+    details = [f.detail for f in result.report.folds]
+    if any("this input size only" in detail for detail in details):
+        return "one size"
+    return "as the strides end" if any("strides end" in detail for detail in details) else "any"
 
 
 def assert_equal(net: Network, unfolded: nn.Module, result: FoldResult) -> None:
     """Equal on every size, borders included, to the accuracy of the stored dtype."""
     dtype = next(iter(unfolded.parameters())).dtype
     reference, candidate = copy.deepcopy(unfolded).double(), copy.deepcopy(result.model).double()
-    for number, shape in enumerate(net.shapes):
+    valid = validity(result)
+    alike = [n + more for n, more in zip(net.shapes[0][2:], net.period, strict=False)]
+    shapes = (
+        [net.shapes[0], (1, net.shapes[0][1], *alike)]
+        if valid == "as the strides end"
+        else (net.shapes)
+    )
+    for shape in shapes:
         x = net.inputs(shape)
         expected = answer(reference, x)
         if isinstance(expected, Exception):
-            assert number, expected
+            assert shape != net.shapes[0], expected
             continue
         got = answer(candidate, x)
         if isinstance(got, Exception):
-            assert number, got
-            assert one_size_only(result), f"{list(shape)}: {got}"
+            assert shape != net.shapes[0], got
+            assert valid == "one size", f"{list(shape)}: {got}"
         else:
             assert got.shape == expected.shape
             assert relative(got, expected) <= LIMIT[dtype], list(shape)
@@ -78,7 +91,7 @@ def assert_nothing_left(net: Network, result: FoldResult, tally: Counter) -> Non
         return
     graph = oracle.Graph(copy.deepcopy(result.model).double(), net.inputs(net.shapes[0]))
     for link in oracle.links(graph):
-        names = {str(link.first.target), str(link.second.target)}
+        names = {str(n.target) for n in (link.first, *link.between, link.second)}
         reasons = [r.reason for r in result.report.refusals if r.name in names]
         clause = oracle.clause(graph, link)
         tally["left", "named" if reasons else "unnamed"] += 1
@@ -103,12 +116,12 @@ def check(net: Network, tally: Counter) -> None:
         tally["link", "pooled" if link.pooled else oracle.clause(graph, link) or "inexact"] += 1
     for dtype in LIMIT:
         model = copy.deepcopy(net.model).to(dtype)
-        result = fold(model, x.to(dtype))
+        result = fold(model, x.to(dtype), border=net.border)
         assert_equal(net, model, result)
         assert_nothing_left(net, result, tally)
         tally.update(("fold", f.rule) for f in result.report.folds)
         tally.update(("refused", f"{r.rule}: {plain(r.reason)}") for r in result.report.refusals)
-        tally["size", "one" if one_size_only(result) else "any"] += 1
+        tally["valid for", validity(result)] += 1
 
 
 def shares(tally: Counter) -> Iterator[tuple[str, str, int, float]]:
@@ -142,13 +155,59 @@ def test_random_networks(number: int, capsys: pytest.CaptureFixture[str]) -> Non
         print()
         for family, name, count, share in rows:
             print(f"{family:14} {name:22} {count:6} {share:5.1f} %")
-        for kind in ("link", "left", "fold", "size", "refused"):
+        for kind in ("link", "left", "fold", "valid for", "refused"):
             for (family, name), count in sorted(tally.items(), key=lambda item: -item[1]):
                 if family == kind:
                     print(f"{kind:14} {count:6} {name}")
     seen = sum(tally["network", name] for name in CLASSES["network"])
     assert seen >= number
     assert [row for row in rows if row[3] < LEAST_SHARE] == []
+
+
+# That the test can fail
+
+
+def off_by_one_tap(rule: rules.Rule, planted: list[str]) -> rules.Rule:
+    def wrong(work: Work, node: fx.Node) -> Plan | None:
+        plan = rule(work, node)
+        for module in plan.modules.values() if plan is not None else ():
+            right = module.weight.detach().clone()
+            with torch.no_grad():
+                module.weight.copy_(right.roll(1, -1))
+            if not torch.equal(module.weight, right):
+                planted.append(plan.name)
+        return plan
+
+    return wrong
+
+
+@pytest.mark.parametrize("proven", [True, False])
+def test_a_wrong_composition_is_caught(proven: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the proof of the fold; and without any proof, by the comparison of this test."""
+    planted: list[str] = []
+    for name in ("linear", "convolution"):
+        monkeypatch.setitem(rules.RULES, name, off_by_one_tap(rules.RULES[name], planted))
+    if not proven:
+        monkeypatch.setattr(proof, "difference", lambda candidate, reference: (0.0, 0.0))
+    wrong = caught = 0
+    for seed in range(60):
+        planted.clear()
+        net = network(seed)
+        result = fold(net.model, net.inputs(net.shapes[0]), border=net.border)
+        if not planted:
+            continue
+        wrong += 1
+        if proven:
+            assert_equal(net, net.model, result)
+            refused = {r.name for r in result.report.refusals if "relative error" in r.reason}
+            caught += planted[-1] in refused
+        else:
+            with contextlib.suppress(AssertionError):
+                assert_equal(net, net.model, result)
+                continue
+            caught += 1
+    assert wrong >= 15
+    assert caught >= (wrong if proven else 0.9 * wrong)  # a gate behind it may hide a wrong layer
 
 
 # The oracle itself
