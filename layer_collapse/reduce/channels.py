@@ -10,7 +10,7 @@ border of zero padding ends that: it depends on the size of the input).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -98,12 +98,15 @@ class _Analysis:
             if not carries_data(node):
                 self._size(node)
                 continue
-            found = None if self.work.hooked(node) else self._layout(node)
-            if found is not None:
+            found, hooked = self._layout(node), self.work.hooked(node)
+            if found is not None and hooked:  # what its channels are then, the hooks alone know
+                self.layouts[node] = replace(found, constant=torch.zeros_like(found.constant))
+                self._stay(node, self._reason(node))
+            elif found is not None:
                 self.layouts[node] = self._evaluated(node, found)
-                continue
-            for source in node.all_input_nodes:
-                self._stay(source, self._reason(node))
+            if found is None or hooked:
+                for source in node.all_input_nodes:
+                    self._stay(source, self._reason(node))
         every = [*self.layouts.values(), *self.reads.values()]
         self.beside += [(x.ids[:1].expand(len(x.ids)), x.ids) for x in every if len(x.ids)]
         classes = _components(self.numbers, self.same)
@@ -157,8 +160,11 @@ class _Analysis:
         module, shape = self.work.called(node), shape_of(node)
         if shape is None or not node.all_input_nodes:
             return None
-        if any(len(s.users) > 1 and writes_into(self.work.module, node, s) for s in node.args
-               if isinstance(s, fx.Node)):  # others read what is written over
+        if any(
+            len(s.users) > 1 and writes_into(self.work.module, node, s)
+            for s in node.args
+            if isinstance(s, fx.Node)
+        ):  # others read what is written over
             return None
         if type(module) in (nn.Linear, *CONV):
             assert module is not None
@@ -166,7 +172,7 @@ class _Analysis:
         if passing.is_concatenation(node):
             return self._concatenation(node, len(shape))
         if (pair := summands(node)) is not None or (pair := factors(node)) is not None:
-            nodes = [operand for operand in pair if isinstance(operand, fx.Node)]
+            nodes = [p for p in pair if isinstance(p, fx.Node) and shape_of(p) is not None]
             if len(nodes) == 2:
                 return self._meeting(node, nodes[0], nodes[1], summands(node) is None)
         data = [s for s in node.all_input_nodes if carries_data(s) and shape_of(s) is not None]
