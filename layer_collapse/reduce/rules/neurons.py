@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..channels import Channels, Layout, channels, unread
+from ..channels import Channels, channels, unread
 from ..gate import smallest_form
 from ..layers import CONV, constant_rows, per_channel, selected, with_tensors, without_channels
+from ..layouts import Layout
 from ..passing import concatenated, is_concatenation
 from ..work import Plan, Refused, Work
 
@@ -193,15 +194,22 @@ class _Removal:
 
     def _refuse(self) -> None:
         """Say why channels stay that are constant where they are written."""
-        wanted = torch.zeros_like(self.dead)
+        classes, wanted = self.found.classes, torch.zeros_like(self.dead)
         for writer in self.writers:
             x, layer = self.found.layouts[writer], self.work.called(writer)
             assert layer is not None
-            wanted[x.ids[x.constant | constant_rows(layer).cpu()]] = True
+            wanted[classes[x.ids[x.constant | constant_rows(layer).cpu()]]] = True
+        why: dict[str, int] = {}
         for ids, reason in self.reasons:
-            same = torch.isin(self.found.classes, self.found.classes[ids])
-            if bool((wanted & same).any()):
-                raise Refused(f"{int(wanted.sum())} constant neurons stay: {reason}")
+            held = torch.zeros_like(wanted)
+            held[classes[ids]] = True
+            held &= wanted
+            if bool(held.any()):
+                why[reason] = why.get(reason, 0) + int(held.sum())
+                wanted &= ~held
+        if why:
+            told = [f"{count} constant neurons stay: {reason}" for reason, count in why.items()]
+            raise Refused("; ".join(told))
 
     # What becomes of the graph
 
