@@ -228,7 +228,7 @@ def selected(
     bias = _moved(bias_of(module), None, extra_bias)
     weight = weight_of(module)
     given, read = rows.view(groups, -1), columns.view(groups, -1)
-    blocks = weight.view(groups, -1, *weight.shape[1:])
+    blocks = weight.reshape(groups, -1, *weight.shape[1:])
     live = [g for g in range(groups) if bool(given[g].any())]
     weight = torch.cat([blocks[g][given[g]][:, read[g]] for g in live])
     new = with_tensors(module, weight=weight, bias=None if bias is None else bias[rows])

@@ -71,9 +71,9 @@ def _elementwise(node: fx.Node, module: nn.Module | None) -> bool:
     function = node.op == "call_function"
     if node.target in (_ELEMENTWISE if function else _ELEMENTWISE_METHODS):
         return True
-    numbers = [a for a in node.args if isinstance(a, int | float)]
+    tensors = [a for a in node.args if isinstance(a, fx.Node) and shape_of(a) is not None]
     known = node.target in (_WITH_A_NUMBER if function else _METHODS_WITH_A_NUMBER)
-    return known and len(node.args) == 2 and len(numbers) == 1
+    return known and len(node.args) == 2 and len(tensors) == 1
 
 
 def _pools(node: fx.Node, module: nn.Module | None, spatial: int) -> bool:

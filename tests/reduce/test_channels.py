@@ -176,8 +176,8 @@ def check(model: nn.Module, x: Tensor | None = None) -> FoldResult:
     sizes = [x.double()]
     if x.ndim == 4:
         sizes.append(torch.randn(1, x.shape[1], x.shape[2] + 3, x.shape[3] + 6).double())
-    if any(f.rule == "biasmap" for f in result.report.folds):
-        del sizes[1:]
+    if len(result.report.checked_sizes) < 3:
+        del sizes[1:]  # the model takes one size only
     for sample in sizes:
         with torch.no_grad():
             expected, got = copy.deepcopy(model)(sample), result.model(sample)

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..channels import Channels, Layout, channels, unread
+from ..channels import Channels, channels, unread
 from ..gate import smallest_form
-from ..layers import CONV, per_channel, selected, with_tensors, without_channels
+from ..layers import CONV, constant_rows, per_channel, selected, with_tensors, without_channels
+from ..layouts import Layout
 from ..passing import concatenated, is_concatenation
 from ..work import Plan, Refused, Work
 
@@ -44,9 +45,7 @@ def neurons(work: Work, node: fx.Node) -> Plan | None:
 class _Removal:
     """The channels of one stream that can leave together."""
 
-    def __init__(
-        self, work: Work, found: Channels, stream: Tensor, writers: list[fx.Node]
-    ) -> None:
+    def __init__(self, work: Work, found: Channels, stream: Tensor, writers: list[fx.Node]) -> None:
         self.work = work
         self.found = found
         self.writers = writers
@@ -69,9 +68,10 @@ class _Removal:
         targets = [n for n in readers if not self._dead_ids(self.found.layouts.get(n)).any()]
         inputs = {s for n in touched for s in n.all_input_nodes if s not in touched}
         losing = [n for n in self.writers if n in touched]
+        who = f"{_listed(losing)} leave, read by {_listed(readers)}"
         return Plan(
             name=str(losing[0].target),
-            detail=f"{int(self.dead.sum())} channels of {_listed(losing)} leave, read by {_listed(readers)}",
+            detail=f"{int(self.dead.sum())} channels of {who}",
             sources=tuple(s for s in inputs if "tensor_meta" in s.meta and not self.work.known(s)),
             target=targets[0],
             others=tuple(targets[1:]),
@@ -194,16 +194,22 @@ class _Removal:
 
     def _refuse(self) -> None:
         """Say why channels stay that are constant where they are written."""
-        wanted = torch.zeros_like(self.dead)
+        classes, wanted = self.found.classes, torch.zeros_like(self.dead)
         for writer in self.writers:
-            x = self.found.layouts[writer]
-            wanted[x.ids[x.constant]] = True
-        if bool(wanted.all()) or not bool(wanted.any()):
-            return
+            x, layer = self.found.layouts[writer], self.work.called(writer)
+            assert layer is not None
+            wanted[classes[x.ids[x.constant | constant_rows(layer).cpu()]]] = True
+        why: dict[str, int] = {}
         for ids, reason in self.reasons:
-            same = torch.isin(self.found.classes, self.found.classes[ids])
-            if bool((wanted & same).any()):
-                raise Refused(f"{int(wanted.sum())} constant neurons stay: {reason}")
+            held = torch.zeros_like(wanted)
+            held[classes[ids]] = True
+            held &= wanted
+            if bool(held.any()):
+                why[reason] = why.get(reason, 0) + int(held.sum())
+                wanted &= ~held
+        if why:
+            told = [f"{count} constant neurons stay: {reason}" for reason, count in why.items()]
+            raise Refused("; ".join(told))
 
     # What becomes of the graph
 
