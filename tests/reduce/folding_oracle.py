@@ -169,7 +169,9 @@ def clause(graph: Graph, link: Link) -> str | None:
     if max(s1) > 1:
         return None
     keeps = all(2 * p == d * (k - 1) for p, d, k in zip(p1, d1, k1, strict=True))
-    if mode2 == "circular" and keeps and mode1 == "circular":
+    size = graph.shapes[link.first.all_input_nodes[0]][2:]
+    once = all(a + b <= n for a, b, n in zip(p1, p2, size, strict=True))  # as far as torch pads
+    if mode2 == "circular" and keeps and mode1 == "circular" and once:
         return "circular"
     return "aligned" if max(k1) == 1 and max(p1) == 0 else None
 

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from layer_collapse.reduce import proof, rules
 from layer_collapse.reduce.fold import FoldResult, fold
+from layer_collapse.reduce.gate import ConstantBias
 from layer_collapse.reduce.work import Plan, Work
 
 from . import folding_oracle as oracle
@@ -54,31 +55,35 @@ def validity(result: FoldResult) -> str:
 
 
 def assert_equal(net: Network, unfolded: nn.Module, result: FoldResult) -> None:
-    """Equal on every size, borders included, to the accuracy of the stored dtype."""
+    """Equal on every size that the report vouches for, to the accuracy of the stored dtype.
+
+    A smaller image than the example may be refused by torch: a merged convolution pads more than
+    either of the two, and circular padding goes once around at most.
+    """
     dtype = next(iter(unfolded.parameters())).dtype
     reference, candidate = copy.deepcopy(unfolded).double(), copy.deepcopy(result.model).double()
-    valid = validity(result)
-    alike = [n + more for n, more in zip(net.shapes[0][2:], net.period, strict=False)]
-    shapes = (
-        [net.shapes[0], (1, net.shapes[0][1], *alike)]
-        if valid == "as the strides end"
-        else (net.shapes)
-    )
-    for shape in shapes:
+    example = net.shapes[0]
+    alike = [n + more for n, more in zip(example[2:], net.period, strict=False)]
+    shapes = {
+        "any": net.shapes,
+        "as the strides end": [example, (1, example[1], *alike)],
+        "one size": [example],
+    }
+    for shape in shapes[validity(result)]:
         x = net.inputs(shape)
         expected = answer(reference, x)
         if isinstance(expected, Exception):
-            assert shape != net.shapes[0], expected
+            assert shape != example, expected
             continue
         got = answer(candidate, x)
         if isinstance(got, Exception):
-            assert shape != net.shapes[0], got
-            assert valid == "one size", f"{list(shape)}: {got}"
-        else:
-            assert got.shape == expected.shape
-            assert relative(got, expected) <= LIMIT[dtype], list(shape)
+            assert shape[-1] < example[-1], got
+            assert "adding" in str(got), got
+            continue
+        assert got.shape == expected.shape
+        assert relative(got, expected) <= LIMIT[dtype], list(shape)
     if dtype is torch.float32:  # in its own arithmetic not much worse than the unfolded one in its
-        x = net.inputs(net.shapes[0])
+        x = net.inputs(example)
         with torch.no_grad():
             expected = reference(x)
             plain, ours = unfolded(x.to(dtype)).double(), result.model(x.to(dtype)).double()
@@ -98,7 +103,7 @@ def assert_nothing_left(net: Network, result: FoldResult, tally: Counter) -> Non
         if clause is not None and graph.free(link.first) and graph.free(link.second):
             raise AssertionError(f"{names} are one layer ({clause}), yet both stay: {reasons}")
         assert reasons, f"{names} stay without a reason"
-        if link.pooled:
+        if link.pooled and not any(isinstance(graph.called(n), ConstantBias) for n in link.between):
             assert any("pool" in reason for reason in reasons), reasons
     assert not oracle.leftovers(graph)
 

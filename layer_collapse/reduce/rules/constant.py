@@ -86,8 +86,25 @@ def _evaluated(
         reads = [inputs[s] for s in node.all_input_nodes]
         # Uniform inputs that give a map have met a border: it depends on where the border is.
         was = max((_varying(v) for v in reads if isinstance(v, Tensor)), default=0)
-        sized = sized or _varying(value) > max(was, 1)
+        sized = sized or _varying(value) > max(was, 1) or _meets_border(work, node, reads)
     return Constant(value, origins, sized)
+
+
+def _meets_border(work: Work, node: fx.Node, reads: list[object]) -> bool:
+    """Whether a uniform image gives a map at a larger size, though not at the example's.
+
+    A small image may lie wholly in the border, where every output is alike.
+    """
+    module, (given, *_) = work.called(node), reads
+    kernel = getattr(module, "kernel_size", None)
+    if module is None or kernel is None or not isinstance(given, Tensor) or _varying(given) > 1:
+        return False
+    around = [kernel, getattr(module, "dilation", 1), getattr(module, "padding", 0)]
+    each = [max(a) if isinstance(a, tuple) else a if isinstance(a, int) else 1 for a in around]
+    larger = [n + 2 * (each[0] * each[1] + each[2]) for n in given.shape[2:]]
+    start = given[(..., *[slice(1)] * len(larger))]
+    with torch.no_grad():
+        return _varying(module(start.expand(*given.shape[:2], *larger))) > 1
 
 
 def _varying(value: Tensor) -> int:

@@ -91,7 +91,8 @@ def _plan(
             plan.detail += ", for input sizes on which the strides end as on this one"
     elif work.border == "ring" and outer.mode == ZEROS:
         whole = merged(first, second, inner.mode)
-        corrected = RingConv(whole, first, with_tensors(second, bias=None))
+        # Modules of its own: the graph forgets the old ones with all their tensors.
+        corrected = RingConv(whole, with_tensors(first), with_tensors(second, bias=None))
         plan.becomes[node] = Call(str(node.target), corrected, entrance)
         plan.rule = "ring"
         plan.detail += " and strips along the border, where both stay"
