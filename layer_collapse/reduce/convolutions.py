@@ -45,6 +45,17 @@ class Geometry:
         """d (k - 1): from the first tap to the last."""
         return tuple(d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True))
 
+    @property
+    def ndim(self) -> int:
+        """Number of spatial dims."""
+        return len(self.kernel)
+
+    @property
+    def large(self) -> Sizes:
+        """An input size at which no output reads padding on both sides."""
+        parts = zip(self.before, self.after, self.reach, self.stride, strict=True)
+        return tuple(sum(part) for part in parts)
+
     def output(self, axis: int, size: int) -> int:
         """Number of outputs along an axis of the given size."""
         room = size + self.before[axis] + self.after[axis] - self.reach[axis] - 1
@@ -169,21 +180,20 @@ def as_conv(
         geometry = replace(geometry, kernel=kernel, dilation=dilation)
         padding = tuple(max(a, b) for a, b in zip(after, before, strict=True))
     new = with_tensors(like, weight=weight, bias=bias)
-    shape = type(like)(
-        weight.shape[1] * groups,
-        weight.shape[0],
-        geometry.kernel,
-        stride=geometry.stride,
-        padding=padding,
-        dilation=geometry.dilation,
-        groups=groups,
-        padding_mode=geometry.mode,
-        device="meta",
-    )  # type: ignore[call-arg]
-    for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation",
-                 "groups", "padding_mode", "_reversed_padding_repeated_twice"):  # fmt: skip
-        setattr(new, name, getattr(shape, name))
+    new.in_channels, new.out_channels = weight.shape[1] * groups, weight.shape[0]  # type: ignore[assignment]
+    new.kernel_size, new.stride = geometry.kernel, geometry.stride  # type: ignore[assignment]
+    new.dilation, new.groups = geometry.dilation, groups  # type: ignore[assignment]
+    pad(new, padding, geometry.mode)
     return new
+
+
+def pad(conv: nn.Module, padding: str | Sizes, mode: str) -> None:
+    """Give a convolution another padding."""
+    conv.padding, conv.padding_mode = padding, mode  # type: ignore[assignment]
+    after, before = (getattr(geometry_of(conv), side)[::-1] for side in ("after", "before"))
+    # What nn.Conv hands to F.pad in modes other than zeros: last dim first, front before back.
+    pairs = [size for pair in zip(before, after, strict=True) for size in pair]
+    conv._reversed_padding_repeated_twice = pairs  # type: ignore[assignment]
 
 
 def source(place: Tensor, size: int, mode: str) -> Tensor:
@@ -204,8 +214,8 @@ class Border:
     Attributes:
         mode: the padding mode of the merged convolution.
         windows: share of outputs that read other inputs than before.
-        bias: share of outputs that read zeros of the second layer's padding, where the merged one
-            sees the first layer's bias.
+        bias: share of outputs that do so or that read zeros of the second layer's padding, where
+            the merged one sees the first layer's bias.
         other_windows, other_bias: whether there are any at any other size.
     """
 
@@ -221,20 +231,20 @@ def border(inner: Geometry, outer: Geometry, sizes: Sequence[int], mode: str) ->
 
     Exact by enumeration: places that padding has no part in are equal by construction.
     """
-    alive = right = full = 1.0
+    alive = right = clean = 1.0
     other_windows = other_bias = False
     whole = composed(inner, outer, mode)
     for axis, size in enumerate(sizes):
         here = _Axis.of(inner, outer, mode, axis, size)
         alive *= here.alive
         right *= here.right
-        full *= here.full
+        clean *= here.clean
         far = size + whole.before[axis] + whole.after[axis] + whole.reach[axis]
         for other in range(far, far + whole.stride[axis]):  # every remainder that strides leave
             there = _Axis.of(inner, outer, mode, axis, other)
             other_windows |= there.right < there.alive
-            other_bias |= there.full < 1
-    return Border(mode, alive - right, 1 - full, other_windows, other_bias)
+            other_bias |= there.clean < 1
+    return Border(mode, alive - right, 1 - clean, other_windows, other_bias)
 
 
 @dataclass(frozen=True)
@@ -242,12 +252,13 @@ class _Axis:
     """Shares of the outputs along one axis.
 
     An output that reads padding alone is zero whatever the other axes read; the others are
-    ``alive``, and ``right`` if they read the same inputs. ``full`` ones read no zeros between.
+    ``alive``, and ``right`` if they read the same inputs. ``clean`` ones read the same inputs and
+    no zeros between.
     """
 
     alive: float
     right: float
-    full: float
+    clean: float
 
     @staticmethod
     def of(inner: Geometry, outer: Geometry, mode: str, axis: int, size: int) -> _Axis:
@@ -267,11 +278,11 @@ class _Axis:
         theirs = theirs.masked_fill(between[..., None] < 0, -1)
         dead = (torch.maximum(ours, theirs) < 0).flatten(1).all(1)
         wrong = (ours != theirs).flatten(1).any(1)
-        lost, empty = int(dead.sum()), int((between < 0).any(1).sum())
+        lost, dirty = int(dead.sum()), wrong | (between < 0).any(1)
         return _Axis(
             alive=1 - lost / number,
             right=1 - (lost + int(wrong.sum())) / number,
-            full=1 - empty / number,
+            clean=1 - int(dirty.sum()) / number,
         )
 
 

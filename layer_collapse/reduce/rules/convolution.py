@@ -91,7 +91,7 @@ def _plan(
             plan.detail += ", for input sizes on which the strides end as on this one"
     elif work.border == "ring" and outer.mode == ZEROS:
         whole = merged(first, second, inner.mode)
-        # Modules of its own: the graph forgets the old ones with all their tensors.
+        # Layers of their own: those in the graph lose their tensors when they leave it.
         corrected = RingConv(whole, with_tensors(first), with_tensors(second, bias=None))
         plan.becomes[node] = Call(str(node.target), corrected, entrance)
         plan.rule = "ring"
@@ -117,8 +117,8 @@ def _image(second: nn.Module, sent: Tensor | None, shape: tuple[int, ...]) -> Te
 
 
 def _reason(work: Work, found: Border, mode: str, first: str, biased: bool) -> str:
-    share = found.windows + (1 - found.windows) * found.bias if biased else found.windows
-    wrong = f"{100 * max(share, found.windows):.2g} % of the outputs would be wrong"
+    share = 100 * (found.bias if biased else found.windows)
+    wrong = f"{share:.{0 if share >= 10 else 1}f} % of the outputs would be wrong"
     if mode != ZEROS:
         return f"its {mode} padding would pad the input of {first!r} instead: {wrong}"
     if found.windows and work.border != "ring":

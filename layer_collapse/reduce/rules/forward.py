@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...graph import BATCH_NORM
-from ..convolutions import ZEROS, geometry_of
+from ..convolutions import geometry_of
 from ..gate import AffineGate, ConstantBias, smallest_form
 from ..layers import (
     CONV,
@@ -93,11 +93,7 @@ def _added(layer: nn.Module, value: Tensor, shape: tuple[int, ...], dim: int) ->
         return None
     if type(layer) in CONV:
         # Large enough for every border: a small image may lie wholly in the middle of a kernel.
-        geometry = geometry_of(layer)
-        around = zip(geometry.reach, geometry.before, geometry.after, strict=True)
-        shape = (*shape[: dim + 1], *(1 + sum(sizes) for sizes in around))
-        if geometry.mode != ZEROS:
-            shape = (*shape[: dim + 1], *(2 * size for size in shape[dim + 1 :]))
+        shape = (*shape[: dim + 1], *geometry_of(layer).large)
         value = channels.view(-1, *[1] * (len(shape) - 1 - dim))
     image = _image(layer, value, shape, dim)
     out = image.ndim - 1 if type(layer) is nn.Linear else dim
