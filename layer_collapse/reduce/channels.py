@@ -6,12 +6,13 @@ Channels that meet in a sum or a product are one *class*, which leaves as a whol
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
-from .layers import weight_of
+from .layers import CONV, weight_of
 from .layouts import Layout, Layouts
 from .work import Work
 
@@ -25,6 +26,7 @@ class Channels:
         reads: what the columns of each Linear and Conv read, where that is known.
         classes: [numbers] int64, the class of each channel, named by its smallest member.
         streams: [numbers] int64; classes that lie side by side in some value share a stream.
+        writers: the layers that write to each stream, in the graph's order.
         removable: [numbers] bool at the name of a class: whether it is constant or unread wherever
             it is read.
         reasons: why the channels in a [k] tensor of numbers stay, the strongest first.
@@ -34,6 +36,7 @@ class Channels:
     reads: dict[fx.Node, Layout]
     classes: Tensor
     streams: Tensor
+    writers: dict[int, list[fx.Node]]
     removable: Tensor
     reasons: list[tuple[Tensor, str]]
 
@@ -62,11 +65,17 @@ def _classified(work: Work) -> Channels:
         late.append((needed, f"they are not constant where {str(node.target)!r} reads them"))
     for ids, _ in found.fixed:
         removable[classes[ids]] = False
+    streams = _components(found.numbers, found.same + beside)
+    writers: dict[int, list[fx.Node]] = defaultdict(list)
+    for node, x in found.layouts.items():
+        if len(x.ids) and type(work.called(node)) in (nn.Linear, *CONV):
+            writers[int(streams[x.ids[0]])].append(node)
     return Channels(
         layouts=found.layouts,
         reads=found.reads,
         classes=classes,
-        streams=_components(found.numbers, found.same + beside),
+        streams=streams,
+        writers=writers,
         removable=removable,
         reasons=[*found.fixed, *found.borders, *late],
     )

@@ -10,6 +10,7 @@ on the size of the input).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +21,7 @@ from . import passing
 from .gate import AffineGate, ConstantBias
 from .holdings import writes_into
 from .layers import CONV, bias_of, channel_dim, constant_rows, weight_of
+from .proof import Float64
 from .walk import factors, summands
 from .work import Work
 
@@ -56,6 +58,7 @@ class Layouts:
 
     def __init__(self, work: Work) -> None:
         self.work = work
+        self.runner = Float64(work.module, garbage_collect_values=False)
         self.numbers = 0
         self.layouts: dict[fx.Node, Layout] = {}
         self.reads: dict[fx.Node, Layout] = {}
@@ -161,13 +164,13 @@ class Layouts:
         zeros = torch.zeros(len(weight), dtype=torch.float64)
         if x is None:
             return Layout(dim, self._new(len(weight)), rows, zeros)
-        used = (weight.flatten(2) != 0).any(dim=2) if weight.ndim > 2 else weight != 0
-        varies = (~x.constant).view(groups, 1, -1)
-        rows = ~(used.view(groups, -1, weight.shape[1]) & varies).any(dim=2).flatten()
-        self.reads[node] = x
+        if bool(x.constant.any()):  # rows of which only constants are left
+            taps = math.prod(weight.shape[2:])
+            used = (weight.reshape(groups, -1, weight.shape[1], taps) != 0).any(dim=3)
+            rows = ~(used & ~x.constant.view(groups, 1, -1)).any(dim=2).flatten()
         if groups == len(x.ids) > 1:
-            del self.reads[node]  # it reads no channel that does not leave with its own
             return Layout(dim, x.ids.repeat_interleave(len(rows) // groups), rows, zeros)
+        self.reads[node] = x
         ids = self._new(len(rows))
         if groups > 1:
             self.beside.append((x.ids[:1], ids[:1]))  # its groups must stay equal on both sides
@@ -226,8 +229,7 @@ class Layouts:
                 bias = bias_of(layer)
                 value = none if bias is None else bias.to(none)
                 return Layout(x.dim, x.ids, x.constant & value.isfinite(), value)
-        inputs = {s: self._sample(s) for s in node.all_input_nodes if shape_of(s) is not None}
-        result = self.work.run([node], inputs)[node].movedim(x.dim, 0).flatten(1)
+        result = self._run(node).movedim(x.dim, 0).flatten(1)
         value = result[:, 0]
         limit = 1e-12 * result.abs().amax(dim=1)
         gap = (result - value[:, None]).abs()
@@ -236,6 +238,14 @@ class Layouts:
         if bool(border.any()):
             self.borders.append((x.ids[border], "they meet a border of zero padding"))
         return Layout(x.dim, x.ids, x.constant & uniform, value.to(none))
+
+    def _run(self, node: fx.Node) -> Tensor:
+        inputs = {s: self._sample(s) for s in node.all_input_nodes if shape_of(s) is not None}
+        if len(inputs) < len(node.all_input_nodes):  # it reads sizes as well
+            return self.work.run([node], inputs)[node]  # type: ignore[no-any-return]
+        self.runner.env = dict(inputs)
+        result: Tensor = self.runner.run_node(node)
+        return result
 
     def _sample(self, node: fx.Node) -> Tensor:
         """A value whose constant channels are as they will be; the others do not matter."""
@@ -246,7 +256,8 @@ class Layouts:
             return torch.zeros(shape, dtype=torch.float64, device=device)
         view = [1] * len(shape)
         view[x.dim] = len(x.ids)
-        return torch.where(x.constant, x.value, 0.0).to(device).view(view).expand(shape)
+        sample = torch.where(x.constant, x.value, 0.0).to(device).view(view).expand(shape)
+        return sample.contiguous()  # operations in place need memory of their own
 
 
 def _has_channels(module: nn.Module | None, dim: int, ndim: int) -> bool:

@@ -237,7 +237,7 @@ def test_refresh_takes_norms_that_read_constants() -> None:
     assert (float(norm.running_mean[2]), float(norm.running_var[2])) == (0.0, 0.0)
     beta = float(norm.bias.detach()[2])
     given = norm.eval()(torch.zeros(1, 6, 1, 1))[0, 2]
-    assert float(given) == pytest.approx(beta)
+    assert float(given.detach()) == pytest.approx(beta)
     norm.train()
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed <= {f"blocks.0.bn1.{n}" for n in ("running_mean", "running_var")} | {

@@ -31,12 +31,8 @@ def neurons(work: Work, node: fx.Node) -> Plan | None:
     found = channels(work)
     if node not in found.layouts or not len(found.layouts[node].ids):
         return None
-    stream = found.streams[found.layouts[node].ids[0]]
-    writers = [
-        n
-        for n, x in found.layouts.items()
-        if type(work.called(n)) in (nn.Linear, *CONV) and found.streams[x.ids[0]] == stream
-    ]
+    stream = int(found.streams[found.layouts[node].ids[0]])
+    writers = found.writers[stream]
     if writers[0] is not node:
         return None  # one plan for all layers that write to the stream
     return _Removal(work, found, stream, writers).plan()
@@ -45,12 +41,11 @@ def neurons(work: Work, node: fx.Node) -> Plan | None:
 class _Removal:
     """The channels of one stream that can leave together."""
 
-    def __init__(self, work: Work, found: Channels, stream: Tensor, writers: list[fx.Node]) -> None:
+    def __init__(self, work: Work, found: Channels, stream: int, writers: list[fx.Node]) -> None:
         self.work = work
         self.found = found
         self.writers = writers
-        self.stream = found.streams == stream
-        self.dead = found.removable & self.stream  # by class
+        self.dead = found.removable & (found.streams == stream)  # by class
         self.reasons: list[tuple[Tensor, str]] = list(found.reasons)
         self.extra: dict[fx.Node, Tensor] = {}
 
