@@ -206,26 +206,78 @@ def leftovers(graph: Graph) -> list[str]:
             dims = _channel_dim(graph, source), _channel_dim(graph, node)
             if dims[0] == dims[1]:
                 found.append(f"{node.target} could go into {source.target}, which it reads")
-        if not isinstance(module, AffineGate):
+        reader = _below(graph, node)
+        layer = None if reader is None else graph.called(reader)
+        if not isinstance(layer, LINEAR_MAPS) or reader is None or not graph.free(reader):
             continue
-        reader = node
-        while len(reader.users) == 1 and (reader is node or _nothing(graph, reader)):
-            reader = next(iter(reader.users))
-        layer = graph.called(reader)
-        if not isinstance(layer, LINEAR_MAPS) or not graph.free(reader):
-            continue
-        alike = isinstance(layer, nn.Linear) or layer.padding_mode != "zeros"
-        padded = not alike and padding(layer) != (0,) * len(layer.kernel_size)
+        padded = isinstance(layer, CONV) and layer.padding_mode == "zeros"
+        padded = padded and padding(layer) != (0,) * len(layer.kernel_size)
         last = len(graph.shapes[node]) - 1
         right = _channel_dim(graph, node) == (last if isinstance(layer, nn.Linear) else 1)
-        if right and not (padded and bool(module.offset.any())):
+        if right and not (padded and bool(_shift(module).any())):
             found.append(f"{node.target} could go into {reader.target}, which reads it")
+    return found
+
+
+def sums(graph: Graph) -> list[str]:
+    """Convolutions that could take the identity, or the 1x1 convolution, that they are added to."""
+    found = []
+    for node in graph.nodes():
+        if len(node.all_input_nodes) != 2 or "add" not in str(node.target):
+            continue
+        pair = [_origin(graph, operand) for operand in node.all_input_nodes]
+        for here, beside in (pair, pair[::-1]):
+            conv, other = graph.called(here), graph.called(beside)
+            alone = _below(graph, here) is node and graph.free(here) if conv is not None else False
+            if not isinstance(conv, CONV) or not alone or padding(conv) is None:
+                continue
+            entrance = _origin(graph, here.all_input_nodes[0])
+            before = [divmod(p, d) for p, d in zip(padding(conv) or (), conv.dilation, strict=True)]
+            if entrance is beside:
+                alike = conv.in_channels == conv.out_channels and max(conv.stride) == 1
+                centre = [(k // 2, 0) for k in conv.kernel_size if k % 2]
+                if alike and before == centre:
+                    found.append(f"the identity beside {here.target}")
+            elif isinstance(other, CONV) and _below(graph, beside) is node and graph.free(beside):
+                same = _origin(graph, beside.all_input_nodes[0]) is entrance
+                point = max(other.kernel_size) == 1 and padding(other) == (0,) * len(before)
+                taps = all(
+                    q < k and not rest
+                    for (q, rest), k in zip(before, conv.kernel_size, strict=True)
+                )
+                if same and point and taps and other.stride == conv.stride:
+                    found.append(f"{beside.target} beside {here.target}")
     return found
 
 
 def _nothing(graph: Graph, node: fx.Node) -> bool:
     module = graph.called(node)
     return isinstance(module, NOTHING) and not module._forward_hooks
+
+
+def _origin(graph: Graph, node: fx.Node) -> fx.Node:
+    while _nothing(graph, node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _below(graph: Graph, node: fx.Node) -> fx.Node | None:
+    """The only node that reads a value."""
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if not _nothing(graph, node):
+            return node
+    return None
+
+
+def _shift(module: nn.Module) -> Tensor:
+    """What a batch norm or a gate gives for zeros."""
+    if isinstance(module, AffineGate):
+        return module.offset
+    zeros = torch.zeros(1, int(module.num_features), *[1] * (NORMS.index(type(module)) + 1))
+    with torch.no_grad():
+        result: Tensor = module(zeros.double())
+    return result
 
 
 def _channel_dim(graph: Graph, node: fx.Node) -> int:

@@ -105,7 +105,8 @@ def assert_nothing_left(net: Network, result: FoldResult, tally: Counter) -> Non
         assert reasons, f"{names} stay without a reason"
         if link.pooled and not any(isinstance(graph.called(n), ConstantBias) for n in link.between):
             assert any("pool" in reason for reason in reasons), reasons
-    assert not oracle.leftovers(graph)
+    assert oracle.leftovers(graph) == []
+    assert oracle.sums(graph) == []
 
 
 def plain(reason: str) -> str:
