@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
-from ..graph import ExampleInputs, rectifier_nodes, submodule, trace, training_mode
+from ..graph import ExampleInputs, record_shapes, rectifier_nodes, submodule, trace, training_mode
 from ..measure.rectifiers import module_call, parse_function
 from ..measure.report import (
     EMPTY,
@@ -25,6 +25,7 @@ from ..ops.rectify import apply_torch
 from ..prune.rounds import CutError
 from .approximate import Fit
 from .gate import AffineGate
+from .move import move_padding
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Linearized:
         approximate: rectifiers replaced although some of their neurons still switch.
         kept: the others, with the reason.
         fits: of the approximate ones that were replaced by a fitted gate, that fit with its error.
+        moved: pairs of convolutions whose padding now lies in front of the first ("move").
     """
 
     model: fx.GraphModule
@@ -44,6 +46,7 @@ class Linearized:
     approximate: tuple[str, ...]
     kept: dict[str, str]
     fits: Mapping[str, Fit] = field(default_factory=dict)
+    moved: tuple[tuple[str, str], ...] = ()
 
 
 def _chosen(
@@ -176,6 +179,7 @@ def linearize(
     names: Sequence[str] | None = None,
     tolerance: float | None = None,
     fits: Mapping[str, Fit] | None = None,
+    border: str = "keep",
 ) -> Linearized:
     """Replace rectifiers of zero entropy by affine gates; exact on the scanned data.
 
@@ -190,14 +194,19 @@ def linearize(
         fits: rectifiers to replace by a fitted gate although they still switch, from
             :func:`layer_collapse.reduce.approximate.fit_gates`: those whose error is small enough
             for you. One of zero entropy gets its exact gate all the same.
+        border: "move" lets the first of two convolutions around a linearised rectifier pad for
+            both, where zero padding between them would keep them from being merged exactly. The
+            function changes at the border: fine-tune before folding.
 
     Raises:
         ValueError: the report certifies nothing, belongs to other weights, or a named rectifier is
-            not linear; ``tolerance`` is negative or NaN.
+            not linear; ``tolerance`` is negative or NaN, or ``border`` is unknown.
         CutError: the network is cut.
     """
     if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"tolerance must be 0 bits or more (got {tolerance})")
+    if border not in ("keep", "move"):
+        raise ValueError(f"linearize: border must be 'keep' or 'move' (got {border!r})")
     if not entropy.certified:
         raise ValueError(
             "linearize needs the report of layer_collapse.scan(model, data); counts taken while "
@@ -232,10 +241,24 @@ def linearize(
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
     graph.recompile()
+    moved = _moved(graph, [gate for _, _, gate in gates]) if border == "move" else ()
+    if moved and example_inputs is not None:
+        record_shapes(graph, example_inputs)
     return Linearized(
         graph,
         tuple(name for name in exact if name not in kept),
         tuple(name for name in approximate if name not in kept),
         kept,
         {name: fit for name, fit in fits.items() if name in approximate and name not in kept},
+        moved,
     )
+
+
+def _moved(graph: fx.GraphModule, gates: list[AffineGate]) -> tuple[tuple[str, str], ...]:
+    with training_mode(graph, False):
+        pairs = [
+            move_padding(graph, node)
+            for node in reversed(graph.graph.nodes)  # from the last: what it hands on moves on
+            if any(submodule(graph, node) is gate for gate in gates)
+        ]
+    return tuple(pair for pair in pairs if pair is not None)

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from ..gate import AffineGate, ConstantBias, smallest_form
 from ..layers import is_constant
 from ..proof import Call
-from ..walk import factors, summands
+from ..walk import factors, free_path, summands
 from ..work import Plan, Refused, Work
 
 
@@ -86,8 +86,25 @@ def _evaluated(
         reads = [inputs[s] for s in node.all_input_nodes]
         # Uniform inputs that give a map have met a border: it depends on where the border is.
         was = max((_varying(v) for v in reads if isinstance(v, Tensor)), default=0)
-        sized = sized or _varying(value) > max(was, 1)
+        sized = sized or _varying(value) > max(was, 1) or _meets_border(work, node, reads)
     return Constant(value, origins, sized)
+
+
+def _meets_border(work: Work, node: fx.Node, reads: list[object]) -> bool:
+    """Whether a uniform image gives a map at a larger size, though not at the example's.
+
+    A small image may lie wholly in the border, where every output is alike.
+    """
+    module, (given, *_) = work.called(node), reads
+    kernel = getattr(module, "kernel_size", None)
+    if module is None or kernel is None or not isinstance(given, Tensor) or _varying(given) > 1:
+        return False
+    around = [kernel, getattr(module, "dilation", 1), getattr(module, "padding", 0)]
+    each = [max(a) if isinstance(a, tuple) else a if isinstance(a, int) else 1 for a in around]
+    larger = [n + 2 * (each[0] * each[1] + each[2]) for n in given.shape[2:]]
+    start = given[(..., *[slice(1)] * len(larger))]
+    with torch.no_grad():
+        return _varying(module(start.expand(*given.shape[:2], *larger))) > 1
 
 
 def _varying(value: Tensor) -> int:
@@ -151,15 +168,17 @@ def constant(work: Work, node: fx.Node) -> Plan | None:
         plan.becomes[node] = other
         plan.detail += " is zero and leaves"
     elif pair:
-        plan.becomes[node] = Call(_free(work, "constant_bias"), ConstantBias(value), other)
+        plan.becomes[node] = Call(free_path(work, "constant_bias"), ConstantBias(value), other)
         plan.detail += f" becomes a constant of shape {list(value.shape)}"
     else:
-        plan.becomes[node] = Call(_free(work, "constant_gate"), _factor(value, work, node), other)
+        plan.becomes[node] = Call(
+            free_path(work, "constant_gate"), _factor(value, work, node), other
+        )
         plan.detail += " becomes a factor"
     if known.sized or (pair and _varying(value) > 1):
         plan.rule = "biasmap"
         plan.detail += ", valid for this input size only"
-        work.sized = True
+        plan.sized = True
     return plan
 
 
@@ -170,10 +189,3 @@ def _factor(value: Tensor, work: Work, node: fx.Node) -> AffineGate:
     dim = (dims[0] if dims else value.ndim - 1) - value.ndim
     scale = value.flatten().expand(work.shape(node)[dim])
     return AffineGate(scale, torch.zeros_like(scale), dim)
-
-
-def _free(work: Work, stem: str) -> str:
-    number = 0
-    while hasattr(work.module, f"{stem}_{number}"):
-        number += 1
-    return f"{stem}_{number}"
