@@ -20,7 +20,7 @@ from ..graph import BATCH_NORM, carries_data, shape_of
 from . import passing
 from .gate import AffineGate, ConstantBias
 from .holdings import writes_into
-from .layers import CONV, bias_of, channel_dim, constant_rows, weight_of
+from .layers import CONV, bias_of, channel_dim, constant_rows, past_borders, weight_of
 from .proof import Float64
 from .walk import factors, summands
 from .work import Work
@@ -240,16 +240,19 @@ class Layouts:
         return Layout(x.dim, x.ids, x.constant & uniform, value.to(none))
 
     def _run(self, node: fx.Node) -> Tensor:
-        inputs = {s: self._sample(s) for s in node.all_input_nodes if shape_of(s) is not None}
+        reader = self.work.called(node)
+        inputs = {
+            s: self._sample(s, reader) for s in node.all_input_nodes if shape_of(s) is not None
+        }
         if len(inputs) < len(node.all_input_nodes):  # it reads sizes as well
             return self.work.run([node], inputs)[node]  # type: ignore[no-any-return]
         self.runner.env = dict(inputs)
         result: Tensor = self.runner.run_node(node)
         return result
 
-    def _sample(self, node: fx.Node) -> Tensor:
+    def _sample(self, node: fx.Node, reader: nn.Module | None) -> Tensor:
         """A value whose constant channels are as they will be; the others do not matter."""
-        shape = self.work.shape(node)
+        shape = past_borders(reader, self.work.shape(node))
         device = next((p.device for p in self.work.module.parameters()), torch.device("cpu"))
         x = self.layouts.get(node)
         if x is None:
