@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from ..convolutions import answer
 from ..gate import AffineGate, ConstantBias, smallest_form
-from ..layers import is_constant
+from ..layers import CONV, is_constant, per_channel, spatial_dims
 from ..proof import Call
 from ..walk import factors, free_path, summands
 from ..work import Plan, Refused, Work
@@ -86,8 +87,18 @@ def _evaluated(
         reads = [inputs[s] for s in node.all_input_nodes]
         # Uniform inputs that give a map have met a border: it depends on where the border is.
         was = max((_varying(v) for v in reads if isinstance(v, Tensor)), default=0)
-        sized = sized or _varying(value) > max(was, 1)
+        sized = sized or _varying(value) > max(was, 1) or _meets_border(work, node, reads)
     return Constant(value, origins, sized)
+
+
+def _meets_border(work: Work, node: fx.Node, reads: list[object]) -> bool:
+    """Whether a convolution's zero padding shows in its answer to a constant, at some size."""
+    layer, shape = work.called(node), work.shape(node)
+    if layer is None or type(layer) not in CONV or not isinstance(reads[0], Tensor):
+        return False
+    value, dim = smallest_form(reads[0]), len(shape) - 1 - spatial_dims(layer)
+    sent = per_channel(value, work.shape(node.all_input_nodes[0]), dim)
+    return sent is not None and answer(layer, sent) is None
 
 
 def _varying(value: Tensor) -> int:
