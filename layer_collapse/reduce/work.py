@@ -7,7 +7,8 @@ plan is proven with its weights rounded as they will be stored.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +42,8 @@ class Plan:
         target: the value that must stay the same.
         modules: new modules by path, in float64.
         becomes: nodes that leave, each with the node (or call) that takes its place.
+        others: more values that must stay the same.
+        arguments: new positional arguments of nodes that read less (a concatenation).
         rule: name for the report where it differs from the rule's own.
         merges: whether two layers become one, which need not be faster.
         sized: whether it holds for the spatial size of the example inputs only.
@@ -52,6 +55,8 @@ class Plan:
     target: fx.Node
     modules: dict[str, nn.Module] = field(default_factory=dict)
     becomes: dict[fx.Node, fx.Node | Call] = field(default_factory=dict)
+    others: tuple[fx.Node, ...] = ()
+    arguments: dict[fx.Node, tuple[Any, ...]] = field(default_factory=dict)
     rule: str = ""
     merges: bool = False
     sized: bool = False
@@ -160,21 +165,26 @@ class Work:
         known = self.sizes()
         # In the graph's order: rules collect sources in sets, whose order differs between runs.
         values = {s: self._random(s) for s in sorted(plan.sources)} | known
-        before = proof.run_region(self.module, [plan.target], values)[plan.target]
+        targets = [plan.target, *plan.others]
+        env = proof.run_region(self.module, targets, values)
+        before = [env[target] for target in targets]
         dtypes = self._stored_dtypes(plan)
         modules = {path: _rounded(m, path, dtypes) for path, m in plan.modules.items()}
         becomes = {
             node: _rounded_call(to, dtypes) if isinstance(to, Call) else to
             for node, to in plan.becomes.items()
         }
-        try:
-            after = proof.run_region(self.module, [plan.target], values, modules, becomes)
-        except Exception as error:
-            raise Refused(f"its folded form does not run ({proof.first_line(error)})") from error
-        max_abs, max_rel = proof.difference(after[plan.target], before)
-        limit = proof.tolerance(list(dtypes.values()))
-        if not max_rel <= limit:
-            raise Refused(f"its relative error of {max_rel:.1e} is above {limit:.0e}")
+        with _arguments(plan.arguments) as accept:
+            try:
+                after = proof.run_region(self.module, targets, values, modules, becomes)
+            except Exception as error:
+                reason = proof.first_line(error)
+                raise Refused(f"its folded form does not run ({reason})") from error
+            max_abs, max_rel = proof.difference([after[target] for target in targets], before)
+            limit = proof.tolerance(list(dtypes.values()))
+            if not max_rel <= limit:
+                raise Refused(f"its relative error of {max_rel:.1e} is above {limit:.0e}")
+            accept()
         self._carry_out(plan, dtypes)
         for node, value in after.items():  # a narrower layer changes the shapes behind it
             if isinstance(value, Tensor) and "tensor_meta" in node.meta:
@@ -241,6 +251,19 @@ class Work:
         self.module.graph.lint()
         self.module.recompile()
         return self.module
+
+
+@contextmanager
+def _arguments(new: Mapping[fx.Node, tuple[Any, ...]]) -> Iterator[Callable[[], None]]:
+    """Give nodes other arguments, and their own ones back unless what is yielded was called."""
+    own = {node: node.args for node in new}
+    for node, args in new.items():
+        node.args = args
+    try:
+        yield own.clear
+    finally:
+        for node, args in own.items():
+            node.args = args
 
 
 def _rounded(module: nn.Module, path: str, dtypes: Mapping[str, torch.dtype]) -> nn.Module:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
-from ..convolutions import answer
 from ..gate import AffineGate, ConstantBias, smallest_form
-from ..layers import CONV, is_constant, per_channel, spatial_dims
+from ..layers import is_constant, past_borders
 from ..proof import Call
 from ..walk import factors, free_path, summands
 from ..work import Plan, Refused, Work
@@ -91,14 +91,17 @@ def _evaluated(
     return Constant(value, origins, sized)
 
 
-def _meets_border(work: Work, node: fx.Node, reads: list[object]) -> bool:
-    """Whether a convolution's zero padding shows in its answer to a constant, at some size."""
-    layer, shape = work.called(node), work.shape(node)
-    if layer is None or type(layer) not in CONV or not isinstance(reads[0], Tensor):
+def _meets_border(work: Work, node: fx.Node, reads: Sequence[object]) -> bool:
+    """Whether a uniform image gives a map at a larger size, though not at the example's."""
+    module, (given, *_) = work.called(node), reads
+    if module is None or not isinstance(given, Tensor) or _varying(given) > 1:
         return False
-    value, dim = smallest_form(reads[0]), len(shape) - 1 - spatial_dims(layer)
-    sent = per_channel(value, work.shape(node.all_input_nodes[0]), dim)
-    return sent is not None and answer(layer, sent) is None
+    larger = past_borders(module, tuple(given.shape))
+    if larger == tuple(given.shape):
+        return False
+    pixel = given.flatten(2)[:, :, 0].reshape(*given.shape[:2], *[1] * (given.ndim - 2))
+    with torch.no_grad():
+        return _varying(module(pixel.expand(larger))) > 1
 
 
 def _varying(value: Tensor) -> int:

@@ -37,11 +37,13 @@ def residual(work: Work, node: fx.Node) -> Plan | None:
     if operands is None or not all(isinstance(operand, fx.Node) for operand in operands):
         return None
     one, two = (_origin(work, operand) for operand in operands)  # type: ignore[arg-type]
-    kept, other = (one, two) if _is_conv(work, one) else (two, one)
+    second = _is_conv(work, two) and (not _is_conv(work, one) or _reads(work, two, one))
+    kept, other = (two, one) if second else (one, two)
     if not _is_conv(work, kept) or kept is other:
         return None
     a = _convolution(work, kept)
-    b = _convolution(work, other) if _is_conv(work, other) else _scaled(work, other, a)
+    beside_it = _is_conv(work, other) and other is not a.entrance
+    b = _convolution(work, other) if beside_it else _scaled(work, other, a)
     if b is None or b.entrance is not a.entrance:
         return None
     if len({work.shape(n) for n in (kept, other, node)}) != 1:
@@ -84,6 +86,11 @@ def _last(work: Work, node: fx.Node) -> fx.Node | None:
     while user is not None and passes_through(work, user):
         user = only_user(user)
     return user
+
+
+def _reads(work: Work, node: fx.Node, entrance: fx.Node) -> bool:
+    """Whether a convolution reads a value, which may be that of another convolution."""
+    return _origin(work, node.all_input_nodes[0]) is entrance
 
 
 def _is_conv(work: Work, node: fx.Node) -> bool:
