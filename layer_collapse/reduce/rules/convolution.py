@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..convolutions import ZEROS, Border, best_border, geometry_of, merged
+from ..border import Border, best_border
+from ..convolutions import ZEROS, geometry_of, merged
 from ..gate import ConstantBias, smallest_form
 from ..layers import (
     CONV,
