@@ -325,6 +325,14 @@ def test_a_factor_that_varies_keeps_its_channel() -> None:
     assert shape(check(model), "depth.0")[0] == 11
 
 
+def test_a_factor_of_dead_channels_alone_serves_every_size() -> None:
+    model = ready(Inverted)
+    dead(model.fc2, *range(12))  # the factor is 0.5, for all channels
+    result = check(model)
+    assert not {"fc1", "fc2"} & {name for name, _ in result.model.named_modules()}
+    assert len(result.report.checked_sizes) == 3
+
+
 def test_grouped_convolutions_lose_equal_counts_or_whole_groups() -> None:
     model = ready(ResNeXt)
     for norm in (model.reduce[1], model.group[1]):

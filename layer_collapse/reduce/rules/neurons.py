@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 from ..channels import Channels, channels, unread
 from ..gate import smallest_form
 from ..layers import CONV, constant_rows, per_channel, selected, with_tensors, without_channels
-from ..layouts import Layout
 from ..passing import concatenated, is_concatenation
+from ..uniform import Layout
 from ..work import Plan, Refused, Work
 
 
@@ -59,7 +59,7 @@ class _Removal:
             if node.op == "call_module" and not self._gone(node):
                 modules[str(node.target)] = self._narrowed(node)
         becomes, arguments = self._concatenations(touched)
-        readers = [n for n in touched if n in self.found.reads]
+        readers = [n for n in touched if self._dead_ids(self.found.reads.get(n)).any()]
         targets = [n for n in readers if not self._dead_ids(self.found.layouts.get(n)).any()]
         inputs = {s for n in touched for s in n.all_input_nodes if s not in touched}
         losing = [n for n in self.writers if n in touched]
