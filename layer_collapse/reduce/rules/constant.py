@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from ..channels import channels
 from ..gate import AffineGate, ConstantBias, smallest_form
 from ..layers import is_constant, past_borders
 from ..proof import Call
@@ -183,6 +184,12 @@ def _factor(value: Tensor, work: Work, node: fx.Node) -> AffineGate:
     dims = [place for place, size in enumerate(value.shape) if size > 1]
     if len(dims) > 1:
         raise Refused(f"{node.name!r} multiplies by a constant that is not one per channel")
-    dim = (dims[0] if dims else value.ndim - 1) - value.ndim
-    scale = value.flatten().expand(work.shape(node)[dim])
+    shape, layout = work.shape(node), channels(work).layouts.get(node)
+    if dims:
+        dim = dims[0] - value.ndim
+    elif layout is not None:  # one factor for all, and the other dims may change their size
+        dim = layout.dim - len(shape)
+    else:
+        dim = 1 - len(shape) if len(shape) > 3 else -1
+    scale = value.flatten().expand(shape[dim])
     return AffineGate(scale, torch.zeros_like(scale), dim)
