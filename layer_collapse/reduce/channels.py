@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from .layers import CONV, weight_of
-from .layouts import Layout, Layouts
+from .layouts import Layouts
+from .uniform import Layout
 from .work import Work
 
 

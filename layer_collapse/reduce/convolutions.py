@@ -1,4 +1,4 @@
-"""Arithmetic on two convolutions: their composition, their sum, and what differs at the border.
+"""Arithmetic on convolutions: two in a row as one, kernels on other grids, what padding reads.
 
 Per dim, with kernel k, stride s, padding p and dilation d, conv2 o conv1 has K = d1 (k1 - 1) +
 s1 d2 (k2 - 1) + 1, stride s1 s2 and padding p1 + s1 p2: taps of W1 lie d1 apart, those of W2 s1 d2.
@@ -7,18 +7,17 @@ s1 d2 (k2 - 1) + 1, stride s1 s2 and padding p1 + s1 p2: taps of W1 lie d1 apart
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import bias_of, scaled_columns, weight_of, with_tensors
+from .gate import smallest_form
+from .layers import bias_of, per_channel, scaled_columns, weight_of, with_tensors
 
 Sizes = tuple[int, ...]
 ZEROS = "zeros"
-_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 @dataclass(frozen=True)
@@ -113,25 +112,35 @@ def merged(first: nn.Module, second: nn.Module, mode: str) -> nn.Module:
     if sent is not None:
         added = scaled_columns(second, sent).flatten(1).sum(1)
         bias = added if bias is None else bias + added
-    ratio = [
-        [max(step // d, 1) for step in _steps(inner, outer, axis)]
-        for axis, d in enumerate(whole.dilation)
-    ]
-    # W[o, i, a2 j + a1 k] = sum_c W2[o, c, j] W1[c, i, k] is a transposed convolution of W2 by W1,
-    # and W1's own groups are its groups once every block of W2 is dense: [O/G, C, k2].
-    blocks = regrouped(weight_of(second), int(second.groups), groups)  # type: ignore[arg-type]
-    rows, columns = blocks.shape[0] // groups, blocks.shape[1]
-    tail = blocks.shape[2:]
-    blocks = blocks.reshape(groups, rows, columns, *tail).transpose(0, 1)
-    weight = _TRANSPOSED[len(tail)](
-        blocks.reshape(rows, groups * columns, *tail),
-        weight_of(first),
-        stride=[b for _, b in ratio],
-        dilation=[a for a, _ in ratio],
-        groups=int(first.groups),  # type: ignore[arg-type]
-    )
-    weight = weight.reshape(rows, groups, -1, *whole.kernel).transpose(0, 1)
-    return as_conv(second, weight.reshape(rows * groups, -1, *whole.kernel), bias, whole, groups)
+    weight = _product(first, second, whole, groups)
+    return as_conv(second, weight, bias, whole, groups)
+
+
+def _product(first: nn.Module, second: nn.Module, whole: Geometry, groups: int) -> Tensor:
+    """W[o, i, a2 j + a1 k] = sum over c of W2[o, c, j] W1[c, i, k], in ``groups``.
+
+    One batched matrix product per tap j, over W1's own groups: within a group of the result every
+    row of W2 reads all of them once it is written out with zeros.
+    """
+    inner, outer = geometry_of(first), geometry_of(second)
+    own = int(first.groups)  # type: ignore[arg-type]
+    left = regrouped(weight_of(second), int(second.groups), groups)  # type: ignore[arg-type]
+    rows, right = left.shape[0] // groups, weight_of(first)
+    left = left.reshape(groups, rows, own // groups, -1, *outer.kernel).transpose(1, 2)
+    left = left.reshape(own, rows, -1, *outer.kernel)  # [g1, O / G, C / g1, *k2]
+    right = right.reshape(own, left.shape[2], -1)  # [g1, C / g1, I / g1 * k1]
+    columns = weight_of(first).shape[1]
+    weight = right.new_zeros(own, rows, columns, *whole.kernel)
+    steps = [_steps(inner, outer, axis) for axis in range(inner.ndim)]
+    for tap in product(*(range(k) for k in outer.kernel)):
+        here = [slice(None)] * 3
+        for t, (a, b), d, k in zip(tap, steps, whole.dilation, inner.kernel, strict=True):
+            start, step = t * b // d, max(a // d, 1)
+            here.append(slice(start, start + step * (k - 1) + 1, step))
+        at = (slice(None),) * 3 + tap
+        weight[tuple(here)] += (left[at] @ right).view(own, rows, columns, *inner.kernel)
+    weight = weight.view(groups, own // groups, rows, columns, *whole.kernel).transpose(1, 2)
+    return weight.reshape(groups * rows, -1, *whole.kernel)
 
 
 def regrouped(weight: Tensor, groups: int, fewer: int) -> Tensor:
@@ -196,98 +205,11 @@ def pad(conv: nn.Module, padding: str | Sizes, mode: str) -> None:
     conv._reversed_padding_repeated_twice = pairs  # type: ignore[assignment]
 
 
-def source(place: Tensor, size: int, mode: str) -> Tensor:
-    """Index of what padding puts at each place of an axis of ``size`` numbers; -1 for a zero."""
-    if mode == "circular":
-        return place % size
-    if mode == "replicate":
-        return place.clamp(0, size - 1)
-    if mode == "reflect":
-        return size - 1 - (size - 1 - place.abs()).abs()
-    return place.masked_fill((place < 0) | (place >= size), -1)
-
-
-@dataclass(frozen=True)
-class Border:
-    """What a merged convolution in a padding ``mode`` reads otherwise than the two.
-
-    Attributes:
-        mode: the padding mode of the merged convolution.
-        windows: share of outputs that read other inputs than before.
-        bias: share of outputs that do so or that read zeros of the second layer's padding, where
-            the merged one sees the first layer's bias.
-        other_windows, other_bias: whether there are any at any other size.
-    """
-
-    mode: str
-    windows: float
-    bias: float
-    other_windows: bool
-    other_bias: bool
-
-
-def border(inner: Geometry, outer: Geometry, sizes: Sequence[int], mode: str) -> Border:
-    """Compare outer o inner with their merged form on an input of the given spatial sizes.
-
-    Exact by enumeration: places that padding has no part in are equal by construction.
-    """
-    alive = right = clean = 1.0
-    other_windows = other_bias = False
-    whole = composed(inner, outer, mode)
-    for axis, size in enumerate(sizes):
-        here = _Axis.of(inner, outer, mode, axis, size)
-        alive *= here.alive
-        right *= here.right
-        clean *= here.clean
-        far = size + whole.before[axis] + whole.after[axis] + whole.reach[axis]
-        for other in range(far, far + whole.stride[axis]):  # every remainder that strides leave
-            there = _Axis.of(inner, outer, mode, axis, other)
-            other_windows |= there.right < there.alive
-            other_bias |= there.clean < 1
-    return Border(mode, alive - right, 1 - clean, other_windows, other_bias)
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """Shares of the outputs along one axis.
-
-    An output that reads padding alone is zero whatever the other axes read; the others are
-    ``alive``, and ``right`` if they read the same inputs. ``clean`` ones read the same inputs and
-    no zeros between.
-    """
-
-    alive: float
-    right: float
-    clean: float
-
-    @staticmethod
-    def of(inner: Geometry, outer: Geometry, mode: str, axis: int, size: int) -> _Axis:
-        middle = inner.output(axis, size)
-        number = outer.output(axis, middle)
-        taps = torch.arange(outer.kernel[axis]) * outer.dilation[axis] - outer.before[axis]
-        reads = torch.arange(number)[:, None] * outer.stride[axis] + taps  # [number, k2]
-        deeper = torch.arange(inner.kernel[axis]) * inner.dilation[axis] - inner.before[axis]
-        stride = inner.stride[axis]
-        low, high = reads[:, 0], reads[:, -1]
-        outside = (low < 0) | (high >= middle)
-        outside |= (low * stride + deeper[0] < 0) | (high * stride + deeper[-1] >= size)
-        reads = reads[outside]
-        between = source(reads, middle, outer.mode)
-        ours = source(reads[..., None] * stride + deeper, size, mode)
-        theirs = source(between[..., None] * stride + deeper, size, inner.mode)
-        theirs = theirs.masked_fill(between[..., None] < 0, -1)
-        dead = (torch.maximum(ours, theirs) < 0).flatten(1).all(1)
-        wrong = (ours != theirs).flatten(1).any(1)
-        lost, dirty = int(dead.sum()), wrong | (between < 0).any(1)
-        return _Axis(
-            alive=1 - lost / number,
-            right=1 - (lost + int(wrong.sum())) / number,
-            clean=1 - int(dirty.sum()) / number,
-        )
-
-
-def best_border(inner: Geometry, outer: Geometry, sizes: Sequence[int]) -> Border:
-    """The border under the padding mode that keeps most outputs as they were."""
-    modes = [g.mode for g in (inner, outer) if g.padded] or [ZEROS]
-    found = [border(inner, outer, sizes, mode) for mode in dict.fromkeys(modes)]
-    return min(found, key=lambda b: (b.windows, b.bias))
+def answer(conv: nn.Module, sent: Tensor) -> Tensor | None:
+    """What a constant [C] adds to every output of a convolution, [O]; None for a border map."""
+    geometry = geometry_of(conv)
+    # Large enough for every border: a small image may lie wholly within the kernel.
+    given = sent.view(1, -1, *[1] * geometry.ndim).expand(1, -1, *geometry.large)
+    with torch.no_grad():
+        image: Tensor = with_tensors(conv, bias=None)(given)
+    return per_channel(smallest_form(image), tuple(image.shape), 1)

@@ -3,15 +3,13 @@
 Every layer gives its output channels a number; the nodes behind it hand the numbers on: a
 concatenation puts them side by side, a flatten repeats them, a sum or a product makes those that
 meet one class. Behind a node that is not known here channels must stay. Constants go the same way:
-where nothing but constant channels meet, the node itself is run on them, and a channel stays
-constant if its result is the same at every position (a border of zero padding ends that: it depends
-on the size of the input).
+see :mod:`.uniform`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,27 +18,10 @@ from ..graph import BATCH_NORM, carries_data, shape_of
 from . import passing
 from .gate import AffineGate, ConstantBias
 from .holdings import writes_into
-from .layers import CONV, bias_of, channel_dim, constant_rows, weight_of
-from .proof import Float64
+from .layers import CONV, channel_dim, constant_rows, weight_of
+from .uniform import Constants, Layout
 from .walk import factors, summands
 from .work import Work
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The channels of a value.
-
-    Attributes:
-        dim: on which they lie.
-        ids: [size of dim] int64, number of the channel at each place.
-        constant: [size of dim] bool, whether it does not depend on the input.
-        value: [size of dim] float64, of those that are constant.
-    """
-
-    dim: int
-    ids: Tensor
-    constant: Tensor
-    value: Tensor
 
 
 class Layouts:
@@ -58,7 +39,6 @@ class Layouts:
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        self.runner = Float64(work.module, garbage_collect_values=False)
         self.numbers = 0
         self.layouts: dict[fx.Node, Layout] = {}
         self.reads: dict[fx.Node, Layout] = {}
@@ -66,6 +46,7 @@ class Layouts:
         self.beside: list[tuple[Tensor, Tensor]] = []
         self.fixed: list[tuple[Tensor, str]] = []
         self.borders: list[tuple[Tensor, str]] = []
+        constants = Constants(work, self.layouts)
         for node in self.work.module.graph.nodes:
             if node.op in ("placeholder", "get_attr"):
                 continue
@@ -77,7 +58,9 @@ class Layouts:
                 self.layouts[node] = replace(found, constant=torch.zeros_like(found.constant))
                 self._stay(node, self._reason(node))
             elif found is not None:
-                self.layouts[node] = self._evaluated(node, found)
+                self.layouts[node], border = constants.evaluated(node, found)
+                if len(border):
+                    self.borders.append((border, "they meet a border of zero padding"))
             if found is None or hooked:
                 for source in node.all_input_nodes:
                     self._stay(source, self._reason(node))
@@ -186,11 +169,15 @@ class Layouts:
         for part, x in zip(parts, found, strict=True):
             if x is None:
                 size = self.work.shape(part)[dim]
-                x = Layout(dim, self._new(size), torch.zeros(size).bool(), torch.zeros(size))
+                x = Layout(
+                    dim, self._new(size), torch.zeros(size).bool(), torch.zeros(size).double()
+                )
                 self.fixed.append((x.ids, f"{part.name!r} gives all its channels"))
             full.append(x)
         ids = torch.cat([x.ids for x in full])
-        return Layout(dim, ids, torch.cat([x.constant for x in full]), ids.double())
+        return Layout(
+            dim, ids, torch.cat([x.constant for x in full]), torch.cat([x.value for x in full])
+        )
 
     def _meeting(self, node: fx.Node, a: fx.Node, b: fx.Node, product: bool) -> Layout | None:
         """A sum or a product: what meets is one class; zero times anything is zero."""
@@ -217,47 +204,6 @@ class Layouts:
         if product:
             constant |= (x.constant & (x.value == 0)) | (y.constant & (y.value == 0))
         return Layout(dim, x.ids, constant, x.value)
-
-    def _evaluated(self, node: fx.Node, x: Layout) -> Layout:
-        """The layout with the values of its constants, without those that no position shares."""
-        layer, none = self.work.called(node), torch.zeros(len(x.ids), dtype=torch.float64)
-        if not bool(x.constant.any()):
-            return Layout(x.dim, x.ids, x.constant, none)
-        if type(layer) in (nn.Linear, *CONV):
-            assert layer is not None
-            if bool((constant_rows(layer).cpu() == x.constant).all()):
-                bias = bias_of(layer)
-                value = none if bias is None else bias.to(none)
-                return Layout(x.dim, x.ids, x.constant & value.isfinite(), value)
-        result = self._run(node).movedim(x.dim, 0).flatten(1)
-        value = result[:, 0]
-        limit = 1e-12 * result.abs().amax(dim=1)
-        gap = (result - value[:, None]).abs()
-        uniform = (gap.amax(dim=1) <= limit).cpu()  # False for NaN
-        border = x.constant & ~uniform
-        if bool(border.any()):
-            self.borders.append((x.ids[border], "they meet a border of zero padding"))
-        return Layout(x.dim, x.ids, x.constant & uniform, value.to(none))
-
-    def _run(self, node: fx.Node) -> Tensor:
-        inputs = {s: self._sample(s) for s in node.all_input_nodes if shape_of(s) is not None}
-        if len(inputs) < len(node.all_input_nodes):  # it reads sizes as well
-            return self.work.run([node], inputs)[node]  # type: ignore[no-any-return]
-        self.runner.env = dict(inputs)
-        result: Tensor = self.runner.run_node(node)
-        return result
-
-    def _sample(self, node: fx.Node) -> Tensor:
-        """A value whose constant channels are as they will be; the others do not matter."""
-        shape = self.work.shape(node)
-        device = next((p.device for p in self.work.module.parameters()), torch.device("cpu"))
-        x = self.layouts.get(node)
-        if x is None:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
-        view = [1] * len(shape)
-        view[x.dim] = len(x.ids)
-        sample = torch.where(x.constant, x.value, 0.0).to(device).view(view).expand(shape)
-        return sample.contiguous()  # operations in place need memory of their own
 
 
 def _has_channels(module: nn.Module | None, dim: int, ndim: int) -> bool:

@@ -6,7 +6,8 @@ import torch
 from torch import fx, nn
 
 from ..graph import BATCH_NORM, call_counts, shape_of, submodule
-from .convolutions import ZEROS, best_border, composed, geometry_of, pad
+from .border import best_border
+from .convolutions import ZEROS, composed, geometry_of, pad
 from .gate import AffineGate
 from .layers import CONV, DROPOUT, bias_of, scaled_columns, weight_of
 

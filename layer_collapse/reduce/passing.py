@@ -45,7 +45,7 @@ def moved(
         Their dim in the node's value and how many places each takes there (behind a flatten), or
         None for a node that mixes channels, or is not known.
     """
-    if type(module) in ELEMENTWISE or _elementwise(node, module):
+    if is_elementwise(node, module):
         return dim, 1
     if dim == 1 and _pools(node, module, len(before) - 2):
         return dim, 1
@@ -63,9 +63,11 @@ def moved(
     return None
 
 
-def _elementwise(node: fx.Node, module: nn.Module | None) -> bool:
+def is_elementwise(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a node that reads one tensor maps every element by itself, whatever its place."""
     if module is not None:
-        return type(module) is nn.PReLU and module.weight.numel() == 1
+        one_slope = type(module) is nn.PReLU and module.weight.numel() == 1
+        return type(module) in ELEMENTWISE or one_slope
     if rectifier_function(node) is not None:
         return True
     function = node.op == "call_function"

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .convolutions import ZEROS, Geometry, geometry_of, source
+from .border import source
+from .convolutions import ZEROS, Geometry, geometry_of
 
 _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

@@ -201,8 +201,10 @@ def leftovers(graph: Graph) -> list[str]:
             continue
         source = next((n for n in above(graph, node) if not _nothing(graph, n)), None)
         layer = None if source is None else graph.called(source)
-        takers = LINEAR_MAPS if isinstance(module, NORMS) else (*LINEAR_MAPS, *NORMS)
-        if isinstance(layer, takers) and source is not None and graph.free(source):
+        takes = isinstance(layer, LINEAR_MAPS) or (
+            isinstance(module, AffineGate) and isinstance(layer, NORMS) and layer.affine
+        )
+        if takes and source is not None and graph.free(source):
             dims = _channel_dim(graph, source), _channel_dim(graph, node)
             if dims[0] == dims[1]:
                 found.append(f"{node.target} could go into {source.target}, which it reads")

@@ -209,6 +209,7 @@ def test_random_dead_channels(network: Callable[[], nn.Module], share: float, se
         return
     layers = [m for m in result.model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     silent = sum(int((m.weight.flatten(1) == 0).all(1).sum()) for m in layers)
+    assert "relative error" not in reasons(result)
     assert not silent or reasons(result)  # what is dead leaves, or is told why it stays
     assert parameters(result.model) < parameters(model)  # at the least the batch norms left
 
@@ -323,6 +324,25 @@ def test_a_factor_that_varies_keeps_its_channel() -> None:
     assert "not constant where 'project.0' reads them" in reasons(result)
     dead(model.fc2, 1)  # now both factors are constant
     assert shape(check(model), "depth.0")[0] == 11
+
+
+def test_constants_of_constants() -> None:
+    """Rows that are constant as all that they read is: the proof must not make that random."""
+    model = ready(Inverted)
+    dead(model.depth[0], *range(12))
+    with torch.no_grad():
+        model.depth[1].bias[::2] = 1.0
+        model.depth[1].running_mean.zero_()
+    result = check(model)
+    assert not any("relative error" in r.reason for r in result.report.refusals)
+
+
+def test_a_factor_of_dead_channels_alone_serves_every_size() -> None:
+    model = ready(Inverted)
+    dead(model.fc2, *range(12))  # the factor is 0.5, for all channels
+    result = check(model)
+    assert not {"fc1", "fc2"} & {name for name, _ in result.model.named_modules()}
+    assert len(result.report.checked_sizes) == 3
 
 
 def test_grouped_convolutions_lose_equal_counts_or_whole_groups() -> None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from layer_collapse.reduce import ring
-from layer_collapse.reduce.convolutions import best_border, geometry_of, merged
+from layer_collapse.reduce.border import best_border
+from layer_collapse.reduce.convolutions import geometry_of, merged
 from layer_collapse.reduce.fold import FoldResult, fold
 from layer_collapse.reduce.gate import AffineGate, ConstantBias
 from layer_collapse.reduce.ring import RingConv

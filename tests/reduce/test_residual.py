@@ -114,6 +114,15 @@ def test_all_branches_of_a_block_that_trained_with_many() -> None:
     assert made(result).count("residual") == 2
 
 
+def test_input_that_is_a_convolution_itself() -> None:
+    def block(s: Sum, x: Tensor) -> Tensor:
+        y = s.stem(x)
+        return y + s.conv(y)
+
+    model = Sum(block, stem=C(3, 4, 3, padding=1), conv=C(4, 4, 3, padding=1))
+    assert made(folded(model, 3, 6, 5)) == ["residual"]
+
+
 def test_a_gate_beside() -> None:
     gate = AffineGate(torch.tensor([1.0, 0.0, 0.5, 1.0]), torch.tensor([0.0, 6.0, 0.0, 0.0]))
     model = Sum(lambda s, x: s.conv(x) + s.gate(x), conv=C(4, 4, 3, padding=1), gate=gate)

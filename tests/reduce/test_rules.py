@@ -315,6 +315,20 @@ def test_neurons_in_front_of_zero_padding_are_refused() -> None:
     assert rules(check(model, torch.randn(2, 2, 5, 5))) == ["neurons"]
 
 
+def test_one_pixel_hides_the_border_of_a_constant_branch() -> None:
+    model = Way(
+        lambda s, x: torch.tanh(x) + s.b(torch.relu(s.a(x))),
+        a=nn.Conv2d(4, 4, 1),
+        b=nn.Conv2d(4, 4, 3, padding=1),
+    )
+    with torch.no_grad():
+        model.a.weight.zero_()
+        model.a.bias.fill_(1.0)  # type: ignore[union-attr]
+    result = check(model, torch.randn(2, 4, 1, 1))
+    assert rules(result) == ["biasmap"]
+    assert len(result.report.checked_sizes) == 2  # it holds for no second size
+
+
 def test_a_border_before_the_pool_is_no_constant_of_the_neuron() -> None:
     """A mean over a border map depends on the image's size: it must not become a bias."""
     depthwise = nn.Conv2d(3, 3, 3, padding=1, groups=3)

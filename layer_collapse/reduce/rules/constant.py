@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
+from ..channels import channels
 from ..gate import AffineGate, ConstantBias, smallest_form
-from ..layers import is_constant
+from ..layers import is_constant, past_borders
 from ..proof import Call
 from ..walk import factors, free_path, summands
 from ..work import Plan, Refused, Work
@@ -90,21 +92,17 @@ def _evaluated(
     return Constant(value, origins, sized)
 
 
-def _meets_border(work: Work, node: fx.Node, reads: list[object]) -> bool:
-    """Whether a uniform image gives a map at a larger size, though not at the example's.
-
-    A small image may lie wholly in the border, where every output is alike.
-    """
+def _meets_border(work: Work, node: fx.Node, reads: Sequence[object]) -> bool:
+    """Whether a uniform image gives a map at a larger size, though not at the example's."""
     module, (given, *_) = work.called(node), reads
-    kernel = getattr(module, "kernel_size", None)
-    if module is None or kernel is None or not isinstance(given, Tensor) or _varying(given) > 1:
+    if module is None or not isinstance(given, Tensor) or _varying(given) > 1:
         return False
-    around = [kernel, getattr(module, "dilation", 1), getattr(module, "padding", 0)]
-    each = [max(a) if isinstance(a, tuple) else a if isinstance(a, int) else 1 for a in around]
-    larger = [n + 2 * (each[0] * each[1] + each[2]) for n in given.shape[2:]]
-    start = given[(..., *[slice(1)] * len(larger))]
+    larger = past_borders(module, tuple(given.shape))
+    if larger == tuple(given.shape):
+        return False
+    pixel = given.flatten(2)[:, :, 0].reshape(*given.shape[:2], *[1] * (given.ndim - 2))
     with torch.no_grad():
-        return _varying(module(start.expand(*given.shape[:2], *larger))) > 1
+        return _varying(module(pixel.expand(larger))) > 1
 
 
 def _varying(value: Tensor) -> int:
@@ -186,6 +184,12 @@ def _factor(value: Tensor, work: Work, node: fx.Node) -> AffineGate:
     dims = [place for place, size in enumerate(value.shape) if size > 1]
     if len(dims) > 1:
         raise Refused(f"{node.name!r} multiplies by a constant that is not one per channel")
-    dim = (dims[0] if dims else value.ndim - 1) - value.ndim
-    scale = value.flatten().expand(work.shape(node)[dim])
+    shape, layout = work.shape(node), channels(work).layouts.get(node)
+    if dims:
+        dim = dims[0] - value.ndim
+    elif layout is not None:  # one factor for all, and the other dims may change their size
+        dim = layout.dim - len(shape)
+    else:
+        dim = 1 - len(shape) if len(shape) > 3 else -1
+    scale = value.flatten().expand(shape[dim])
     return AffineGate(scale, torch.zeros_like(scale), dim)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..convolutions import ZEROS, Border, best_border, geometry_of, merged
+from ..border import Border, best_border, border
+from ..convolutions import ZEROS, Geometry, composed, geometry_of, merged
 from ..gate import ConstantBias, smallest_form
 from ..layers import (
     CONV,
@@ -88,7 +91,15 @@ def _plan(
         plan.becomes[leaves] = entrance
         plan.sized = found.other_windows or (biased and found.other_bias)
         if plan.sized:
-            plan.detail += ", for input sizes on which the strides end as on this one"
+            alike = border(
+                inner, outer, _larger(composed(inner, outer, found.mode), sizes), found.mode
+            )
+            by_chance = alike.windows or (biased and alike.bias)  # a small image is all border
+            plan.detail += (
+                ", for this input size only"
+                if by_chance
+                else (", for input sizes on which the strides end as on this one")
+            )
     elif work.border == "ring" and outer.mode == ZEROS:
         whole = merged(first, second, inner.mode)
         # Layers of their own: those in the graph lose their tensors when they leave it.
@@ -105,6 +116,12 @@ def _plan(
     else:
         raise Refused(_reason(work, found, outer.mode, str(place.target), biased))
     return plan
+
+
+def _larger(whole: Geometry, sizes: Sequence[int]) -> list[int]:
+    """Sizes past every border on which the strides end as on these."""
+    around = zip(sizes, whole.stride, whole.before, whole.after, whole.reach, strict=True)
+    return [size + s * (1 + (b + a + r) // s) for size, s, b, a, r in around]
 
 
 def _image(second: nn.Module, sent: Tensor | None, shape: tuple[int, ...]) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...graph import BATCH_NORM
-from ..convolutions import geometry_of
+from ..convolutions import answer
 from ..gate import AffineGate, ConstantBias, smallest_form
 from ..layers import (
     CONV,
@@ -92,12 +92,10 @@ def _added(layer: nn.Module, value: Tensor, shape: tuple[int, ...], dim: int) ->
     if channels is None:
         return None
     if type(layer) in CONV:
-        # Large enough for every border: a small image may lie wholly in the middle of a kernel.
-        shape = (*shape[: dim + 1], *geometry_of(layer).large)
-        value = channels.view(-1, *[1] * (len(shape) - 1 - dim))
-    image = _image(layer, value, shape, dim)
-    out = image.ndim - 1 if type(layer) is nn.Linear else dim
-    return per_channel(smallest_form(image), tuple(image.shape), out)
+        return answer(layer, channels)
+    with torch.no_grad():
+        added: Tensor = with_tensors(layer, bias=None)(channels)
+    return added
 
 
 def _image(layer: nn.Module, value: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:

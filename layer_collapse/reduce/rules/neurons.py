@@ -9,9 +9,17 @@ from torch import Tensor, fx, nn
 
 from ..channels import Channels, channels, unread
 from ..gate import smallest_form
-from ..layers import CONV, constant_rows, per_channel, selected, with_tensors, without_channels
-from ..layouts import Layout
+from ..layers import (
+    CONV,
+    constant_rows,
+    past_borders,
+    per_channel,
+    selected,
+    with_tensors,
+    without_channels,
+)
 from ..passing import concatenated, is_concatenation
+from ..uniform import Layout
 from ..work import Plan, Refused, Work
 
 
@@ -59,21 +67,41 @@ class _Removal:
             if node.op == "call_module" and not self._gone(node):
                 modules[str(node.target)] = self._narrowed(node)
         becomes, arguments = self._concatenations(touched)
-        readers = [n for n in touched if n in self.found.reads]
+        readers = [n for n in touched if self._dead_ids(self.found.reads.get(n)).any()]
         targets = [n for n in readers if not self._dead_ids(self.found.layouts.get(n)).any()]
-        inputs = {s for n in touched for s in n.all_input_nodes if s not in touched}
         losing = [n for n in self.writers if n in touched]
         who = f"{_listed(losing)} leave, read by {_listed(readers)}"
         return Plan(
             name=str(losing[0].target),
             detail=f"{int(self.dead.sum())} channels of {who}",
-            sources=tuple(s for s in inputs if "tensor_meta" in s.meta and not self.work.known(s)),
+            sources=self._sources(touched),
             target=targets[0],
             others=tuple(targets[1:]),
             modules=modules,
             becomes=becomes,
             arguments=arguments,
         )
+
+    def _sources(self, touched: list[fx.Node]) -> tuple[fx.Node, ...]:
+        """What the proof makes random: but not what makes a layer's rows constants."""
+        inside, sources, stack = set(touched), set[fx.Node](), list(touched)
+        while stack:
+            node = stack.pop()
+            layer, x = self.work.called(node), self.found.layouts.get(node)
+            derived = node not in touched
+            if type(layer) in (nn.Linear, *CONV):
+                assert layer is not None
+                derived = x is not None and bool((x.constant & ~constant_rows(layer).cpu()).any())
+            for source in node.all_input_nodes:
+                known = self.found.layouts.get(source)
+                if source in inside:
+                    continue
+                if derived and known is not None and bool(known.constant.any()):
+                    inside.add(source)
+                    stack.append(source)
+                elif "tensor_meta" in source.meta and not self.work.known(source):
+                    sources.add(source)
+        return tuple(sources - inside)
 
     # Which channels leave
 
@@ -144,7 +172,7 @@ class _Removal:
 
     def _added(self, node: fx.Node, layer: nn.Module, x: Layout, sends: Tensor) -> Tensor | None:
         """[C2]: what the channels ``sends`` add to a reader's bias; None for a border map."""
-        shape = list(self.work.shape(node.all_input_nodes[0]))
+        shape = list(past_borders(layer, self.work.shape(node.all_input_nodes[0])))
         shape[0] = shape[0] if x.dim == 0 else 1
         view = [1] * len(shape)
         view[x.dim] = len(x.ids)
