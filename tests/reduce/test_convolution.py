@@ -116,7 +116,7 @@ def test_merged_is_unmerged_or_refused(
     elif rules == ["ring"]:
         assert (border, second.padding_mode) == ("ring", "zeros")
         assert result.report.after.depth == result.report.before.depth == 2
-    elif rules == ["biasmap"]:
+    elif rules[:1] == ["biasmap"]:  # a map that is uniform at this size is absorbed
         assert (border, windows) == ("biasmap", 0)
     else:
         assert "would be wrong" in reasons(result) or "does not run" in reasons(result)
