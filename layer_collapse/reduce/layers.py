@@ -76,6 +76,26 @@ def channel_dim(module: nn.Module, ndim: int) -> int | None:
     return None
 
 
+def past_borders(module: nn.Module | None, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape like ``shape`` in which a convolution or pool meets its border and also does not.
+
+    A small image may lie wholly in the border, where every output is alike. Any other module is
+    content with the shape as it is.
+    """
+    kernel = getattr(module, "kernel_size", None)
+    if kernel is None:
+        return shape
+    dilation, padding, stride = (
+        getattr(module, name, default)
+        for name, default in (("dilation", 1), ("padding", 0), ("stride", 1))
+    )
+    k, d, p, s = (
+        max(a) if isinstance(a, tuple) else a if isinstance(a, int) else 0
+        for a in (kernel, dilation, padding, stride)
+    )
+    return (*shape[:2], *[1 + 2 * (k * d + p + s)] * (len(shape) - 2))
+
+
 def per_channel(value: Tensor, shape: tuple[int, ...], dim: int) -> Tensor | None:
     """``value`` (aligned with the last dims of ``shape``) as one number per channel, or None.
 
@@ -155,6 +175,24 @@ def _moved(bias: Tensor | None, scale: Tensor | None, offset: Tensor | None) -> 
     return moved if offset is None else moved + offset
 
 
+def scale_and_offset(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """A batch norm or a gate as ``scale x + offset`` per channel, each [C].
+
+    Returns:
+        None for any other module, and for a norm without running statistics.
+    """
+    if type(norm) is AffineGate:
+        return norm.scale, norm.offset
+    if type(norm) not in BATCH_NORM or norm.running_mean is None or norm.running_var is None:
+        return None
+    scale = torch.rsqrt(norm.running_var + norm.eps)  # type: ignore[operator]
+    if norm.weight is not None:
+        scale = scale * weight_of(norm)
+    offset = -norm.running_mean * scale  # type: ignore[operator]
+    shift = bias_of(norm)
+    return scale, offset if shift is None else offset + shift
+
+
 def _scaled_rows(module: nn.Module, scale: Tensor) -> Tensor:
     weight = weight_of(module)
     if isinstance(module, CONV_TRANSPOSE):  # [in, out / groups, *kernel], groups along in
@@ -186,6 +224,8 @@ def without_channels(module: nn.Module, keep: Tensor, ndim: int) -> nn.Module:
             return module  # the same for all channels
         places = keep.nonzero().flatten().to(module.value.device)
         return with_tensors(module, value=module.value.index_select(dim, places))
+    if type(module) is nn.PReLU and module.weight.numel() == 1:
+        return module  # one slope for all channels
     names = ("weight", "bias", "running_mean", "running_var", "scale", "offset")
     own = {name: getattr(module, name, None) for name in names}
     new = with_tensors(module, **{name: t[keep] for name, t in own.items() if t is not None})

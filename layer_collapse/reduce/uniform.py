@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from ..graph import BATCH_NORM, shape_of
 from . import passing
 from .gate import AffineGate
-from .layers import CONV, bias_of, constant_rows
+from .layers import CONV, bias_of, constant_rows, past_borders
 from .proof import Float64
 from .walk import factors, summands
 from .work import Work
@@ -79,9 +79,11 @@ class Constants:
         )
 
     def _run(self, node: fx.Node) -> Tensor:
-        small = self._everywhere_alike(node)
+        reader, small = self.work.called(node), self._everywhere_alike(node)
         inputs = {
-            s: self._sample(s, small) for s in node.all_input_nodes if shape_of(s) is not None
+            s: self._sample(s, reader, small)
+            for s in node.all_input_nodes
+            if shape_of(s) is not None
         }
         if len(inputs) < len(node.all_input_nodes):  # it reads sizes as well
             return self.work.run([node], inputs)[node]  # type: ignore[no-any-return]
@@ -100,13 +102,14 @@ class Constants:
             or factors(node) is not None
         )
 
-    def _sample(self, node: fx.Node, small: bool) -> Tensor:
+    def _sample(self, node: fx.Node, reader: nn.Module | None, small: bool) -> Tensor:
         """A value whose constant channels are as they will be; the others do not matter.
 
         Args:
+            reader: large enough for this module to work beside its border, too.
             small: of size 1 along all dims but the channels'.
         """
-        shape = self.work.shape(node)
+        shape = past_borders(reader, self.work.shape(node))
         device = next((p.device for p in self.work.module.parameters()), torch.device("cpu"))
         x = self.layouts.get(node)
         if x is None:

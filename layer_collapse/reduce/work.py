@@ -23,6 +23,9 @@ from .holdings import remove_dead, tensors, tied, writes_into
 from .proof import Call
 from .report import Fold
 
+#: What may be done where zero padding makes the merging of two convolutions inexact.
+BORDERS = ("biasmap", "ring", "refuse")
+
 
 class Refused(Exception):
     """A fold that is not exact, or not safe; the message is the reason."""
@@ -42,6 +45,8 @@ class Plan:
         others: more values that must stay the same.
         arguments: new positional arguments of nodes that read less (a concatenation).
         rule: name for the report where it differs from the rule's own.
+        merges: whether two layers become one, which need not be faster.
+        sized: whether it holds for the spatial size of the example inputs only.
     """
 
     name: str
@@ -53,6 +58,8 @@ class Plan:
     others: tuple[fx.Node, ...] = ()
     arguments: dict[fx.Node, tuple[Any, ...]] = field(default_factory=dict)
     rule: str = ""
+    merges: bool = False
+    sized: bool = False
 
 
 class _Values(ShapeProp):
@@ -71,10 +78,12 @@ class Work:
     Args:
         module: the graph to fold, in evaluation mode; it becomes the work's own.
         inputs: its placeholders' values, in order.
+        border: what to do where zero padding makes a fold inexact: "refuse", "biasmap" or "ring".
     """
 
-    def __init__(self, module: fx.GraphModule, inputs: list[Any]) -> None:
+    def __init__(self, module: fx.GraphModule, inputs: list[Any], border: str = "biasmap") -> None:
         self.module = module
+        self.border = border
         with torch.no_grad():
             _Values(module).propagate(*inputs)
         self.dtypes = {name: t.dtype for name, t in tensors(module).items()}
@@ -162,9 +171,7 @@ class Work:
         dtypes = self._stored_dtypes(plan)
         modules = {path: _rounded(m, path, dtypes) for path, m in plan.modules.items()}
         becomes = {
-            node: Call(to.path, _rounded(to.module, to.path, dtypes), to.source)
-            if isinstance(to, Call)
-            else to
+            node: _rounded_call(to, dtypes) if isinstance(to, Call) else to
             for node, to in plan.becomes.items()
         }
         with _arguments(plan.arguments) as accept:
@@ -205,7 +212,8 @@ class Work:
         meta = plan.target.meta.get("tensor_meta")
         new = getattr(meta, "dtype", torch.get_default_dtype())
         modules = dict(plan.modules)
-        modules |= {to.path: to.module for to in plan.becomes.values() if isinstance(to, Call)}
+        for to in plan.becomes.values():
+            modules |= {c.path: c.module for c in to.chain} if isinstance(to, Call) else {}
         dtypes = {}
         for path, module in modules.items():
             beside = self.dtypes.get(f"{path}.weight", new)  # a bias that was not there before
@@ -219,14 +227,17 @@ class Work:
             self.module.set_submodule(path, module)
         for node, to in plan.becomes.items():
             if isinstance(to, Call):
-                self.module.add_submodule(to.path, to.module)
-                with graph.inserting_before(node):
-                    call = graph.call_module(to.path, (to.source,))
-                call.meta = dict(node.meta)
-                to = call
+                value = to.entrance
+                for call in to.chain:
+                    self.module.add_submodule(call.path, call.module)
+                    with graph.inserting_before(node):
+                        value = graph.call_module(call.path, (value,))
+                    value.meta = dict(node.meta)
+                to = value
             node.replace_all_uses_with(to)
         remove_dead(self.module)
         self.dtypes |= dtypes
+        self.sized |= plan.sized
         self.version += 1
 
     def finished(self) -> fx.GraphModule:
@@ -262,3 +273,9 @@ def _rounded(module: nn.Module, path: str, dtypes: Mapping[str, torch.dtype]) ->
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtypes[f"{path}.{name}"]).to(torch.float64)
     return module.eval()
+
+
+def _rounded_call(call: Call, dtypes: Mapping[str, torch.dtype]) -> Call:
+    below = call.source
+    source = _rounded_call(below, dtypes) if isinstance(below, Call) else below
+    return Call(call.path, _rounded(call.module, call.path, dtypes), source)

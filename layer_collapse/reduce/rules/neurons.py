@@ -9,7 +9,15 @@ from torch import Tensor, fx, nn
 
 from ..channels import Channels, channels, unread
 from ..gate import smallest_form
-from ..layers import CONV, constant_rows, per_channel, selected, with_tensors, without_channels
+from ..layers import (
+    CONV,
+    constant_rows,
+    past_borders,
+    per_channel,
+    selected,
+    with_tensors,
+    without_channels,
+)
 from ..passing import concatenated, is_concatenation
 from ..uniform import Layout
 from ..work import Plan, Refused, Work
@@ -164,7 +172,7 @@ class _Removal:
 
     def _added(self, node: fx.Node, layer: nn.Module, x: Layout, sends: Tensor) -> Tensor | None:
         """[C2]: what the channels ``sends`` add to a reader's bias; None for a border map."""
-        shape = list(self.work.shape(node.all_input_nodes[0]))
+        shape = list(past_borders(layer, self.work.shape(node.all_input_nodes[0])))
         shape[0] = shape[0] if x.dim == 0 else 1
         view = [1] * len(shape)
         view[x.dim] = len(x.ids)
