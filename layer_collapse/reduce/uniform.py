@@ -79,9 +79,9 @@ class Constants:
         )
 
     def _run(self, node: fx.Node) -> Tensor:
-        small = self._everywhere_alike(node)
+        reader, small = self.work.called(node), self._everywhere_alike(node)
         inputs = {
-            s: self._sample(s, small, self.work.called(node))
+            s: self._sample(s, reader, small)
             for s in node.all_input_nodes
             if shape_of(s) is not None
         }
@@ -102,12 +102,12 @@ class Constants:
             or factors(node) is not None
         )
 
-    def _sample(self, node: fx.Node, small: bool, reader: nn.Module | None) -> Tensor:
+    def _sample(self, node: fx.Node, reader: nn.Module | None, small: bool) -> Tensor:
         """A value whose constant channels are as they will be; the others do not matter.
 
         Args:
+            reader: large enough for this module to work beside its border, too.
             small: of size 1 along all dims but the channels'.
-            reader: what reads it; where that has a border, the sample is larger than it.
         """
         shape = past_borders(reader, self.work.shape(node))
         device = next((p.device for p in self.work.module.parameters()), torch.device("cpu"))
