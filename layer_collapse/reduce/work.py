@@ -39,6 +39,7 @@ class Plan:
         modules: new modules by path, in float64.
         becomes: nodes that leave, each with the node (or call) that takes its place.
         rule: name for the report where it differs from the rule's own.
+        merges: whether two weighted layers become one, which need not be faster: timed on request.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Plan:
     modules: dict[str, nn.Module] = field(default_factory=dict)
     becomes: dict[fx.Node, fx.Node | Call] = field(default_factory=dict)
     rule: str = ""
+    merges: bool = False
 
 
 class _Values(ShapeProp):

@@ -45,4 +45,5 @@ def linear(work: Work, node: fx.Node) -> Plan | None:
         target=node,
         modules={str(node.target): merged},
         becomes={(between or [source])[0]: entrance},
+        merges=True,
     )
