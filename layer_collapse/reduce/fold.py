@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from ..graph import ExampleInputs, ordered_inputs, record_shapes, trace
 from . import proof, rules
-from .holdings import remove_dead
+from .holdings import disown, remove_dead, sharing_copy
 from .proof import FoldError
 from .report import Fold, FoldReport, Refusal, size_of
 from .rules.constant import cut_off
@@ -82,7 +82,7 @@ def fold(
         )
     graph = _traced(model, example_inputs)
     inputs = ordered_inputs(graph, example_inputs)
-    work = Work(copy.deepcopy(graph), copy.deepcopy(inputs))
+    work = Work(sharing_copy(graph), copy.deepcopy(inputs))
     report = FoldReport(before=size_of(graph), after=size_of(graph))
     remove_dead(work.module)
     place = cut_off(work)
@@ -92,20 +92,20 @@ def fold(
     if place is not None:
         reason = "nothing leads around this layer: without it the output is a constant"
         report.folds, report.refusals = [], [Refusal(str(place.target), "cut", reason)]
-        return FoldResult(_keep_temporary_buffers(graph, model), report)
+        return FoldResult(_finished(graph, model), report)
     sized = work.sized
     folded = work.finished()
     _prove_end_to_end(graph, folded, inputs, report, second_size=not sized)
     report.after = size_of(folded)
-    return FoldResult(_keep_temporary_buffers(folded, model), report)
+    return FoldResult(_finished(folded, model), report)
 
 
 def _traced(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
-    """A copy of the model as a graph in evaluation mode, shapes recorded.
+    """The model as a graph in evaluation mode that shares its parameters, shapes recorded.
 
     The graph is what everything is proven against, so it is compared with the model first.
     """
-    model = copy.deepcopy(model).eval()
+    model = sharing_copy(model).eval()
     if isinstance(model, fx.GraphModule):
         record_shapes(model, example_inputs)
         return model
@@ -129,8 +129,12 @@ def _traced(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
     return graph
 
 
-def _keep_temporary_buffers(graph: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
-    """Leave out of the state_dict what the model leaves out; torch.fx forgets it in every copy."""
+def _finished(graph: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
+    """The graph in memory of its own, with the state_dict of the model as far as it goes.
+
+    torch.fx forgets in every copy which buffers the model leaves out of it.
+    """
+    disown(graph, model)
     own = dict(model.named_modules())
     for path, module in graph.named_modules():
         temporary = own[path]._non_persistent_buffers_set if path in own else set[str]()
@@ -169,8 +173,7 @@ def _prove_end_to_end(
     report: FoldReport,
     second_size: bool,
 ) -> None:
-    reference = proof.Float64(proof.to_float64(copy.deepcopy(unfolded)))
-    candidate = proof.Float64(proof.to_float64(copy.deepcopy(folded)))
+    reference, candidate = proof.Float64(unfolded), proof.Float64(folded)
     generator = torch.Generator().manual_seed(1)
     limit = proof.tolerance(
         [t.dtype for t in unfolded.state_dict().values() if t.is_floating_point()]

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from ..float64 import widened
 from ..gate import AffineGate, ConstantBias, smallest_form
+from ..holdings import attribute
 from ..layers import is_constant
 from ..proof import Call
 from ..walk import factors, summands
@@ -44,7 +46,7 @@ def _propagate(work: Work) -> dict[fx.Node, Constant]:
         if work.known(node):
             found[node] = Constant(node.meta["fold_value"])
         elif node.op == "get_attr":
-            found[node] = Constant(work.run([node], {})[node])
+            found[node] = Constant(attribute(work.module, str(node.target)))  # as it is stored
         elif work.hooked(node):
             continue
         elif _starts(work, node):
@@ -52,7 +54,7 @@ def _propagate(work: Work) -> dict[fx.Node, Constant]:
             zeros = torch.zeros_like(_sample(work, source))
             found[node] = _evaluated(work, node, {source: zeros}, frozenset([node]), False)
         elif node.all_input_nodes and all(s in found for s in node.all_input_nodes):
-            inputs = {s: found[s].value for s in node.all_input_nodes}
+            inputs = {s: widened(found[s].value) for s in node.all_input_nodes}
             origins = frozenset().union(*(found[s].origins for s in node.all_input_nodes))
             sized = any(found[s].sized for s in node.all_input_nodes)
             if origins:

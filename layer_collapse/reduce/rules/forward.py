@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
+from ..float64 import call
 from ..gate import AffineGate, ConstantBias, smallest_form
 from ..layers import (
     CONV,
@@ -12,7 +13,7 @@ from ..layers import (
     per_channel,
     scaled_columns,
     spatial_dims,
-    weight_of,
+    stored_weight,
     with_tensors,
 )
 from ..walk import only_user, passes_through, read_elsewhere
@@ -46,7 +47,7 @@ def forward(work: Work, node: fx.Node) -> Plan | None:
     if bool(offset.any()):
         moved = _through(layer, offset, shape, dim)
         bias = moved if bias is None else bias + moved
-    weight = weight_of(layer) if scale is None else scaled_columns(layer, scale)
+    weight = stored_weight(layer) if scale is None else scaled_columns(layer, scale)
     source = node.all_input_nodes[0]
     return Plan(
         name=str(node.target),
@@ -76,7 +77,7 @@ def _through(layer: nn.Module, offset: Tensor, shape: tuple[int, ...], dim: int)
     view[dim] = shape[dim]
     given = offset.view(view).expand(1, *shape[1:]) if dim else offset.view(view).expand(shape)
     with torch.no_grad():
-        image = with_tensors(layer, bias=None)(given.contiguous())
+        image = call(with_tensors(layer, bias=None), [given.contiguous()])
     channels = image.ndim - 1 if type(layer) is nn.Linear else dim
     moved = per_channel(smallest_form(image), tuple(image.shape), channels)
     if moved is None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ...graph import BATCH_NORM, rectifier_function
+from ..float64 import call, wide
 from ..gate import AffineGate, smallest_form
 from ..layers import (
     CONV,
@@ -17,7 +18,7 @@ from ..layers import (
     channel_dim,
     constant_rows,
     per_channel,
-    weight_of,
+    stored_weight,
     with_tensors,
     without_channels,
     without_columns,
@@ -80,7 +81,7 @@ def neurons(work: Work, node: fx.Node) -> Plan | None:
         if narrow is None:
             return None
         modules[str(place.target)] = narrow
-    columns = keep.repeat_interleave(weight_of(reader).shape[1] // len(keep))
+    columns = keep.repeat_interleave(stored_weight(reader).shape[1] // len(keep))
     bias = extra if extra is not None and bool(extra.any()) else None
     modules[str(way.reader.target)] = without_columns(reader, columns, bias)
     return Plan(
@@ -160,9 +161,8 @@ def _flattens(work: Work, place: fx.Node, module: nn.Module | None) -> bool:
 
 def _unread(reader: nn.Module, channels: int) -> Tensor:
     """[C] bool: channels whose columns in the reader (blocks of them behind a flatten) are zero."""
-    weight = weight_of(reader)
-    blocks = weight.transpose(0, 1).reshape(channels, -1)
-    return (blocks == 0).all(dim=1)
+    columns = stored_weight(reader).any(dim=0).flatten()  # per column (and tap of its kernel)
+    return ~columns.reshape(channels, -1).any(dim=1)
 
 
 def _sent(work: Work, node: fx.Node, way: _Way) -> tuple[Tensor, Tensor]:
@@ -175,9 +175,9 @@ def _sent(work: Work, node: fx.Node, way: _Way) -> tuple[Tensor, Tensor]:
     """
     layer = work.module.get_submodule(str(node.target))
     shape = work.shape(node)
-    weight = weight_of(layer)
+    weight = stored_weight(layer)
     bias = bias_of(layer)
-    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    bias = wide(weight.new_zeros(len(weight))) if bias is None else bias
     dim = channel_dim(layer, len(shape))
     view = [1] * len(shape)
     view[dim or 0] = len(bias)
@@ -200,5 +200,5 @@ def _added(reader: nn.Module, sent: Tensor, dead: Tensor) -> Tensor | None:
     only = torch.where(dead.view(-1, *[1] * (sent.ndim - 1)), sent, 0.0)
     given = only.flatten() if type(reader) is nn.Linear else only
     with torch.no_grad():
-        image: Tensor = with_tensors(reader, bias=None)(given.unsqueeze(0))
+        image: Tensor = call(with_tensors(reader, bias=None), [given.unsqueeze(0)])
     return per_channel(smallest_form(image), tuple(image.shape), 1)
