@@ -39,10 +39,10 @@ def linear(work: Work, node: fx.Node) -> Plan | None:
     merged.in_features = first.in_features  # type: ignore[assignment]
     sizes = f"{first.in_features} -> {first.out_features} -> {second.out_features}"
     before = outer.numel() + stored_weight(first).numel()
-    entrance = source.all_input_nodes[0]
+    after, entrance = stored_weight(merged).numel(), source.all_input_nodes[0]
     return Plan(
         name=str(source.target),
-        detail=f"into {node.target}: {sizes}, {before} weights become {stored_weight(merged).numel()}",
+        detail=f"into {node.target}: {sizes}, {before} weights become {after}",
         sources=(entrance,),
         target=node,
         modules={str(node.target): merged},
