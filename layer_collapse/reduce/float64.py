@@ -54,8 +54,11 @@ def call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | Non
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out = torch.cat([F.linear(x, wide(weight[rows])) for rows in blocks(weight)], dim=-1)
-    return out if bias is None else out + wide(bias)
+    # Made first: small results between large blocks would keep the allocator from reusing them.
+    out = x.new_empty(*x.shape[:-1], len(weight))
+    for rows in blocks(weight):
+        out[..., rows] = F.linear(x, wide(weight[rows]))
+    return out if bias is None else out.add_(wide(bias))
 
 
 def blocks(weight: Tensor) -> Iterator[slice]:

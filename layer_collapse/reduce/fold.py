@@ -6,7 +6,7 @@ The rules are in :mod:`layer_collapse.reduce.rules`; nothing here knows them one
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from ..graph import ExampleInputs, ordered_inputs, record_shapes, trace
 from . import proof, rules
 from .holdings import disown, remove_dead, sharing_copy
+from .latency import Stopwatch, in_turns
 from .proof import FoldError
 from .report import Fold, FoldReport, Refusal, size_of
 from .rules.constant import cut_off
@@ -33,7 +34,13 @@ class FoldResult:
 
 
 def fold(
-    model: nn.Module, example_inputs: ExampleInputs, *, without: Collection[str] = ()
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    without: Collection[str] = (),
+    always_fold: bool = True,
+    prove: bool = True,
+    stopwatch: Stopwatch = in_turns,
 ) -> FoldResult:
     """Fold everything that can be folded exactly; what cannot stays, with its reason.
 
@@ -49,7 +56,8 @@ def fold(
     Every fold is proven by itself in float64, with its weights as they will be stored (relative
     error at most 1e-10 for float64, 1e-5 for float32, 2e-3 for float16, 2e-2 for bfloat16), then
     the folded model end to end on the example inputs, on normal noise and, where an image model
-    takes it, on a second size.
+    takes it, on a second size. Beyond the model itself this takes the memory of the folded one and
+    of about one layer (the largest) more: float64 is for one module at a time.
 
     Args:
         model: a module in which rectifiers may have been replaced by gates; it is not changed.
@@ -57,6 +65,12 @@ def fold(
             samples in the shape the folded model will see.
         without: names of rules to leave out, e.g. "batch norm" where the folded network is to be
             trained further.
+        always_fold: merge two weighted layers even where that is slower. With False each merge is
+            timed against the two layers, on the device, in the dtypes and shapes of the example
+            inputs, and the faster form is kept; what is slower stays, with both times as reason.
+        prove: compare the folded with the unfolded model end to end. Without, the report says so;
+            the proof of every single fold remains.
+        stopwatch: what times two calls against each other, for ``always_fold=False``.
 
     Returns:
         The folded graph module (names of untouched layers are those of ``model``) and the report.
@@ -82,8 +96,11 @@ def fold(
         )
     graph = _traced(model, example_inputs)
     inputs = ordered_inputs(graph, example_inputs)
-    work = Work(sharing_copy(graph), copy.deepcopy(inputs))
-    report = FoldReport(before=size_of(graph), after=size_of(graph))
+    work = Work(
+        sharing_copy(graph), copy.deepcopy(inputs), stopwatch=None if always_fold else stopwatch
+    )
+    size = size_of(graph, inputs)
+    report = FoldReport(before=size, after=size)
     remove_dead(work.module)
     place = cut_off(work)
     if place is None:
@@ -95,8 +112,10 @@ def fold(
         return FoldResult(_finished(graph, model), report)
     sized = work.sized
     folded = work.finished()
-    _prove_end_to_end(graph, folded, inputs, report, second_size=not sized)
-    report.after = size_of(folded)
+    report.proven = prove
+    if prove:
+        _prove_end_to_end(graph, folded, inputs, report, second_size=not sized)
+    report.after = size_of(folded, inputs)
     return FoldResult(_finished(folded, model), report)
 
 
@@ -112,12 +131,7 @@ def _traced(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
     graph = trace(model, example_inputs)
     example = copy.deepcopy(example_inputs)
     with torch.no_grad():
-        if isinstance(example, Tensor):
-            expected = model(example)
-        elif isinstance(example, Mapping):
-            expected = model(**example)
-        else:
-            expected = model(*(example or ()))
+        expected = proof.answer(model, example)
         got = graph(*ordered_inputs(graph, copy.deepcopy(example_inputs)))
     dtypes = [t.dtype for t in model.parameters() if t.is_floating_point()]
     _, error = proof.difference(proof.doubled(got), proof.doubled(expected))

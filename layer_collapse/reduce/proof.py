@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..graph import ExampleInputs
 from .float64 import call, wide
 
 #: Largest relative error that a fold may have, by the dtype in which its weights are stored.
@@ -45,6 +46,13 @@ Becomes = Mapping[fx.Node, "fx.Node | Call"]
 def tolerance(dtypes: Sequence[torch.dtype]) -> float:
     """The accepted relative error for weights of these dtypes; the coarsest one decides."""
     return max((TOLERANCE.get(dtype, 0.0) for dtype in dtypes), default=TOLERANCE[torch.float64])
+
+
+def answer(model: nn.Module, inputs: ExampleInputs) -> Any:
+    """What a model gives for a tensor, a sequence of positional or a mapping of keyword inputs."""
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    return model(**inputs) if isinstance(inputs, Mapping) else model(*(inputs or ()))
 
 
 def difference(candidate: Any, reference: Any) -> tuple[float, float]:

@@ -1,17 +1,12 @@
-"""The model while it is being folded: its graph, plans and their proof.
+"""The model while it is being folded: its graph, and the plans that are proven and carried out.
 
-Large weights (rank 2 and more) stay in the dtype they are stored in, those that no fold touches in
-the very memory of the user's model; all other tensors are float64. Folds compose in float64. What
-they give stays so, to be rounded once at the end, up to half the model's size together; beyond that
-every fold rounds what it gives. Every plan is proven with its weights as they will be stored.
+Folds compose in float64; every plan is proven with its weights as they will be stored.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,39 +16,15 @@ from torch.nn.utils import parametrize
 
 from ..graph import call_counts, carries_data, shape_of, submodule
 from . import proof
-from .float64 import wide
-from .holdings import like, put, remove_dead, sharing_copy, tensors, tied, writes_into
+from .holdings import remove_dead, tensors, tied, writes_into
+from .latency import Stopwatch
+from .plan import Plan, Refused
 from .proof import Call
+from .region import extracted
 from .report import Fold
+from .storing import Waiting, round_all, rounded, widen_small
 
-
-class Refused(Exception):
-    """A fold that is not exact, or not safe; the message is the reason."""
-
-
-@dataclass
-class Plan:
-    """One fold, before it is proven.
-
-    Args:
-        name: the layer that changes or leaves.
-        detail: what happens, for the report.
-        sources: values that the changed part of the graph reads; the proof makes them random.
-        target: the value that must stay the same.
-        modules: new modules by path; what is new in them is float64.
-        becomes: nodes that leave, each with the node (or call) that takes its place.
-        rule: name for the report where it differs from the rule's own.
-        merges: whether two weighted layers become one, which need not be faster: timed on request.
-    """
-
-    name: str
-    detail: str
-    sources: tuple[fx.Node, ...]
-    target: fx.Node
-    modules: dict[str, nn.Module] = field(default_factory=dict)
-    becomes: dict[fx.Node, fx.Node | Call] = field(default_factory=dict)
-    rule: str = ""
-    merges: bool = False
+__all__ = ["Plan", "Refused", "Work"]
 
 
 class _Values(ShapeProp):
@@ -73,21 +44,22 @@ class Work:
         module: the graph to fold, in evaluation mode; it becomes the work's own, but for the memory
             of its parameters, which is only read.
         inputs: its placeholders' values, in order.
-        budget: bytes of large weights that may wait in float64; half the model's by default.
+        stopwatch: times merges, which are refused where they are slower; None: all are made.
     """
 
     def __init__(
-        self, module: fx.GraphModule, inputs: list[Any], *, budget: int | None = None
+        self, module: fx.GraphModule, inputs: list[Any], *, stopwatch: Stopwatch | None = None
     ) -> None:
         self.module = module
+        self._stopwatch = stopwatch
+        self._timed: dict[Any, tuple[float, float]] = {}
         with torch.no_grad():
             _Values(module).propagate(*inputs)
         held = tensors(module)
         self.dtypes = {name: t.dtype for name, t in held.items()}
         self.tied = tied(module)
-        self._budget = sum(t.nbytes for t in held.values()) // 2 if budget is None else budget
-        self._unrounded = weakref.WeakSet[nn.Module]()
-        _widen_small(module)
+        self._waiting = Waiting()
+        widen_small(module)
         self.version = 0  # of the graph, for what rules keep between calls
         self.cache: dict[str, tuple[int, Any]] = {}
         self.sized = False  # whether a constant was kept that fits the example's size only
@@ -179,7 +151,7 @@ class Work:
         values = {s: self._random(s) for s in sorted(plan.sources)} | known
         before = proof.run_region(self.module, [plan.target], values)[plan.target]
         dtypes = self._stored_dtypes(plan)
-        stored = _mapped(plan, lambda path, module: rounded(module, path, dtypes))
+        stored = plan.with_modules(lambda path, module: rounded(path, module, dtypes))
         try:
             after = proof.run_region(
                 self.module, [plan.target], values, stored.modules, stored.becomes
@@ -190,12 +162,36 @@ class Work:
         limit = proof.tolerance(list(dtypes.values()))
         if not max_rel <= limit:
             raise Refused(f"its relative error of {max_rel:.1e} is above {limit:.0e}")
-        self._carry_out(_mapped(plan, lambda path, module: self._kept(module, path, dtypes)))
+        times = self._times(plan, stored) if plan.merges and self._stopwatch else None
+        if times and times[1] >= times[0]:
+            raise Refused(f"slower: {times[1]:.3g} ms merged, {times[0]:.3g} ms apart")
+        self._carry_out(plan.with_modules(lambda path, m: self._waiting.take(path, m, dtypes)))
         self.dtypes |= dtypes
         for node, value in after.items():  # a narrower layer changes the shapes behind it
             if isinstance(value, Tensor) and "tensor_meta" in node.meta:
                 node.meta["tensor_meta"] = node.meta["tensor_meta"]._replace(shape=value.shape)
-        return Fold(plan.name, plan.rule or rule, plan.detail, max_abs, max_rel)
+        return Fold(
+            plan.name, plan.rule or rule, plan.detail, max_abs, max_rel, *(times or (None, None))
+        )
+
+    @torch.no_grad()
+    def _times(self, plan: Plan, stored: Plan) -> tuple[float, float]:
+        """Milliseconds of the region apart and merged, each as it would be stored."""
+
+        def as_stored(path: str, module: nn.Module) -> nn.Module:
+            return rounded(path, module, self.dtypes)
+
+        sources = sorted(s for s in plan.sources if not self.known(s))
+        place = (self.module, plan.target, sources, self.sizes())
+        apart = extracted(*place, as_stored)
+        merged = extracted(*place, as_stored, stored.modules, stored.becomes)
+        # The same merge comes again in the next round of rules, with the same times.
+        key = (plan.name, *((n, p.shape) for n, p in [*tensors(apart).items()]))
+        if key not in self._timed:
+            assert self._stopwatch is not None
+            values = [self._random(s).to(s.meta["tensor_meta"].dtype) for s in sources]
+            self._timed[key] = self._stopwatch(lambda: apart(*values), lambda: merged(*values))
+        return self._timed[key]
 
     def _random(self, node: fx.Node) -> Tensor:
         example = torch.empty(self.shape(node), dtype=torch.float64)
@@ -225,15 +221,6 @@ class Work:
                 dtypes[f"{path}.{name}"] = self.dtypes.get(f"{path}.{name}", beside)
         return dtypes
 
-    def _kept(self, module: nn.Module, path: str, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
-        """The module as it waits for further folds: not rounded while the budget lasts."""
-        waiting = sum(_wide_bytes(other) for other in self._unrounded)
-        if waiting + _wide_bytes(module) > self._budget:
-            module = rounded(module, path, dtypes)
-        _widen_small(module)
-        self._unrounded.add(module)
-        return module.eval()
-
     def _carry_out(self, plan: Plan) -> None:
         graph = self.module.graph
         for path, module in plan.modules.items():
@@ -251,49 +238,9 @@ class Work:
 
     def finished(self) -> fx.GraphModule:
         """The folded graph, every tensor in the dtype in which it is stored."""
-        for name, tensor in tensors(self.module).items():
-            dtype = self.dtypes[name]
-            if tensor.dtype != dtype:
-                put(self.module, name, like(tensor, tensor.detach().to(dtype)))
+        round_all(self.module, self.dtypes)
         for node in self.module.graph.nodes:
             node.meta.pop("fold_value", None)
         self.module.graph.lint()
         self.module.recompile()
         return self.module
-
-
-def _mapped(plan: Plan, change: Callable[[str, nn.Module], nn.Module]) -> Plan:
-    """The plan with all its new modules changed."""
-    modules = {path: change(path, module) for path, module in plan.modules.items()}
-    becomes = {
-        node: Call(to.path, change(to.path, to.module), to.source) if isinstance(to, Call) else to
-        for node, to in plan.becomes.items()
-    }
-    return replace(plan, modules=modules, becomes=becomes)
-
-
-def rounded(module: nn.Module, path: str, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
-    """A module as it will be stored; what has its dtype already is shared with ``module``."""
-    module = sharing_copy(module)
-    for name, tensor in tensors(module).items():
-        dtype = dtypes.get(f"{path}.{name}", tensor.dtype)
-        if tensor.dtype != dtype:
-            put(module, name, like(tensor, tensor.detach().to(dtype)))
-    return module.eval()
-
-
-def _widen_small(module: nn.Module) -> None:
-    """Buffers and parameters of rank 0 and 1 to float64, in objects of their own."""
-    buffers = dict(module.named_buffers(remove_duplicate=False))
-    made: dict[int, Tensor] = {}
-    for name, tensor in tensors(module).items():
-        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point()
-        if plain and (tensor.ndim < 2 or name in buffers):
-            new = made.setdefault(id(tensor), like(tensor, wide(tensor)))
-            put(module, name, new)
-
-
-def _wide_bytes(module: nn.Module) -> int:
-    """Bytes of the large weights that are float64."""
-    large = (p for p in module.parameters() if p.ndim >= 2 and p.dtype == torch.float64)
-    return sum(p.nbytes for p in large)

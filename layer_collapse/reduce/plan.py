@@ -1,0 +1,50 @@
+"""What a rule proposes: one fold, before it is proven."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from torch import fx, nn
+
+from .proof import Call
+
+
+class Refused(Exception):
+    """A fold that is not exact, or not safe; the message is the reason."""
+
+
+@dataclass
+class Plan:
+    """One fold, before it is proven.
+
+    Args:
+        name: the layer that changes or leaves.
+        detail: what happens, for the report.
+        sources: values that the changed part of the graph reads; the proof makes them random.
+        target: the value that must stay the same.
+        modules: new modules by path; what is new in them is float64.
+        becomes: nodes that leave, each with the node (or call) that takes its place.
+        rule: name for the report where it differs from the rule's own.
+        merges: whether two weighted layers become one, which need not be faster: timed on request.
+    """
+
+    name: str
+    detail: str
+    sources: tuple[fx.Node, ...]
+    target: fx.Node
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    becomes: dict[fx.Node, fx.Node | Call] = field(default_factory=dict)
+    rule: str = ""
+    merges: bool = False
+
+    def with_modules(self, change: Callable[[str, nn.Module], nn.Module]) -> Plan:
+        """The plan with all its new modules changed, by path and module."""
+        modules = {path: change(path, module) for path, module in self.modules.items()}
+        becomes = {
+            node: Call(to.path, change(to.path, to.module), to.source)
+            if isinstance(to, Call)
+            else to
+            for node, to in self.becomes.items()
+        }
+        return replace(self, modules=modules, becomes=becomes)
