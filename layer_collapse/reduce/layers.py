@@ -161,6 +161,24 @@ def _moved(bias: Tensor | None, scale: Tensor | None, offset: Tensor | None) -> 
     return moved if offset is None else moved + offset
 
 
+def scale_and_offset(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """A batch norm or a gate as ``scale x + offset`` per channel, each [C].
+
+    Returns:
+        None for any other module, and for a norm without running statistics.
+    """
+    if type(norm) is AffineGate:
+        return norm.scale, norm.offset
+    if type(norm) not in BATCH_NORM or norm.running_mean is None or norm.running_var is None:
+        return None
+    scale = torch.rsqrt(norm.running_var + norm.eps)  # type: ignore[operator]
+    if norm.weight is not None:
+        scale = scale * weight_of(norm)
+    offset = -norm.running_mean * scale  # type: ignore[operator]
+    shift = bias_of(norm)
+    return scale, offset if shift is None else offset + shift
+
+
 def _scaled_rows(module: nn.Module, scale: Tensor) -> Tensor:
     weight = stored_weight(module)
     if isinstance(module, CONV_TRANSPOSE):  # [in, out / groups, *kernel], groups along in

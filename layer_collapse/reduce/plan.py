@@ -27,6 +27,7 @@ class Plan:
         becomes: nodes that leave, each with the node (or call) that takes its place.
         rule: name for the report where it differs from the rule's own.
         merges: whether two weighted layers become one, which need not be faster: timed on request.
+        sized: whether it holds for the spatial size of the example inputs only.
     """
 
     name: str
@@ -37,14 +38,19 @@ class Plan:
     becomes: dict[fx.Node, fx.Node | Call] = field(default_factory=dict)
     rule: str = ""
     merges: bool = False
+    sized: bool = False
 
     def with_modules(self, change: Callable[[str, nn.Module], nn.Module]) -> Plan:
         """The plan with all its new modules changed, by path and module."""
         modules = {path: change(path, module) for path, module in self.modules.items()}
         becomes = {
-            node: Call(to.path, change(to.path, to.module), to.source)
-            if isinstance(to, Call)
-            else to
+            node: _changed(to, change) if isinstance(to, Call) else to
             for node, to in self.becomes.items()
         }
         return replace(self, modules=modules, becomes=becomes)
+
+
+def _changed(call: Call, change: Callable[[str, nn.Module], nn.Module]) -> Call:
+    below = call.source
+    source = _changed(below, change) if isinstance(below, Call) else below
+    return Call(call.path, change(call.path, call.module), source)

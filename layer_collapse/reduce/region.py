@@ -37,7 +37,7 @@ def extracted(
     while stack:
         node = stack[-1]
         other = becomes.get(node)
-        reads = other.source if isinstance(other, Call) else other
+        reads = other.entrance if isinstance(other, Call) else other
         needed = node.all_input_nodes if reads is None else [reads]
         missing = [n for n in needed if n not in made]
         if missing and node not in made:
@@ -47,8 +47,11 @@ def extracted(
         if node in made:
             continue
         if isinstance(other, Call):
-            root[other.path] = other.module
-            made[node] = graph.call_module(other.path, (made[other.source],))
+            value = made[other.entrance]
+            for step in other.chain:
+                root[step.path] = step.module
+                value = graph.call_module(step.path, (value,))
+            made[node] = value
         elif other is not None:
             made[node] = made[other]
         else:

@@ -24,7 +24,10 @@ from .region import extracted
 from .report import Fold
 from .storing import Waiting, round_all, rounded, widen_small
 
-__all__ = ["Plan", "Refused", "Work"]
+__all__ = ["BORDERS", "Plan", "Refused", "Work"]
+
+#: What may be done where zero padding makes the merging of two convolutions inexact.
+BORDERS = ("biasmap", "ring", "refuse")
 
 
 class _Values(ShapeProp):
@@ -44,13 +47,19 @@ class Work:
         module: the graph to fold, in evaluation mode; it becomes the work's own, but for the memory
             of its parameters, which is only read.
         inputs: its placeholders' values, in order.
+        border: what to do where zero padding makes a fold inexact: "refuse", "biasmap" or "ring".
         stopwatch: times merges, which are refused where they are slower; None: all are made.
     """
 
     def __init__(
-        self, module: fx.GraphModule, inputs: list[Any], *, stopwatch: Stopwatch | None = None
+        self,
+        module: fx.GraphModule,
+        inputs: list[Any],
+        border: str = "biasmap",
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         self.module = module
+        self.border = border
         self._stopwatch = stopwatch
         self._timed: dict[Any, tuple[float, float]] = {}
         with torch.no_grad():
@@ -213,7 +222,9 @@ class Work:
         """Dtype in which each tensor of the plan's modules will be stored, by its path."""
         meta = plan.target.meta.get("tensor_meta")
         new = getattr(meta, "dtype", torch.get_default_dtype())
-        calls = {to.path: to.module for to in plan.becomes.values() if isinstance(to, Call)}
+        calls = dict[str, nn.Module]()
+        for to in plan.becomes.values():
+            calls |= {c.path: c.module for c in to.chain} if isinstance(to, Call) else {}
         dtypes = {}
         for path, module in (plan.modules | calls).items():
             beside = self.dtypes.get(f"{path}.weight", new)  # a bias that was not there before
@@ -227,13 +238,16 @@ class Work:
             self.module.set_submodule(path, module)
         for node, to in plan.becomes.items():
             if isinstance(to, Call):
-                self.module.add_submodule(to.path, to.module)
-                with graph.inserting_before(node):
-                    call = graph.call_module(to.path, (to.source,))
-                call.meta = dict(node.meta)
-                to = call
+                value = to.entrance
+                for call in to.chain:
+                    self.module.add_submodule(call.path, call.module)
+                    with graph.inserting_before(node):
+                        value = graph.call_module(call.path, (value,))
+                    value.meta = dict(node.meta)
+                to = value
             node.replace_all_uses_with(to)
         remove_dead(self.module)
+        self.sized |= plan.sized
         self.version += 1
 
     def finished(self) -> fx.GraphModule:

@@ -12,7 +12,7 @@ from ..gate import AffineGate, ConstantBias, smallest_form
 from ..holdings import attribute
 from ..layers import is_constant
 from ..proof import Call
-from ..walk import factors, summands
+from ..walk import factors, free_path, summands
 from ..work import Plan, Refused, Work
 
 
@@ -153,15 +153,17 @@ def constant(work: Work, node: fx.Node) -> Plan | None:
         plan.becomes[node] = other
         plan.detail += " is zero and leaves"
     elif pair:
-        plan.becomes[node] = Call(_free(work, "constant_bias"), ConstantBias(value), other)
+        plan.becomes[node] = Call(free_path(work, "constant_bias"), ConstantBias(value), other)
         plan.detail += f" becomes a constant of shape {list(value.shape)}"
     else:
-        plan.becomes[node] = Call(_free(work, "constant_gate"), _factor(value, work, node), other)
+        plan.becomes[node] = Call(
+            free_path(work, "constant_gate"), _factor(value, work, node), other
+        )
         plan.detail += " becomes a factor"
     if known.sized or (pair and _varying(value) > 1):
         plan.rule = "biasmap"
         plan.detail += ", valid for this input size only"
-        work.sized = True
+        plan.sized = True
     return plan
 
 
@@ -172,10 +174,3 @@ def _factor(value: Tensor, work: Work, node: fx.Node) -> AffineGate:
     dim = (dims[0] if dims else value.ndim - 1) - value.ndim
     scale = value.flatten().expand(work.shape(node)[dim])
     return AffineGate(scale, torch.zeros_like(scale), dim)
-
-
-def _free(work: Work, stem: str) -> str:
-    number = 0
-    while hasattr(work.module, f"{stem}_{number}"):
-        number += 1
-    return f"{stem}_{number}"
