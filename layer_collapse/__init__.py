@@ -22,6 +22,7 @@ from .prune.strategies import EntropyGuided, GlobalMagnitude, Strategy, UniformM
 from .reduce.fold import FoldResult, fold
 from .reduce.gate import AffineGate
 from .reduce.linearize import Linearized, linearize
+from .reduce.optimizer_state import TransferredState, transfer_optimizer_state
 from .reduce.saving import load_folded, save_folded
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ __all__ = [
     "RectifierEntropy",
     "Strategy",
     "TraceError",
+    "TransferredState",
     "UniformMagnitude",
     "collapse",
     "fingerprint",
@@ -54,4 +56,5 @@ __all__ = [
     "save_folded",
     "scan",
     "track",
+    "transfer_optimizer_state",
 ]
