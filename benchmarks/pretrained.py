@@ -11,20 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
-from layer_collapse import assets, fold, linearize, scan
-from layer_collapse.graph import rectifier_nodes, trace
+from layer_collapse import fold, linearize, scan
 from layer_collapse.measure.scan import Batch
-from layer_collapse.models.efficientnet_lite import efficientnet_lite0
-from layer_collapse.models.encoder import minilm
 from layer_collapse.reduce.agreement import Agreement, agreement
 from layer_collapse.reduce.approximate import Fit, fit_gates
 from layer_collapse.reduce.fold import FoldResult
 from layer_collapse.reduce.latency import Latency, compare
-from layer_collapse.text import movie_snippets
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "pretrained.md"
 
@@ -48,7 +42,9 @@ def linearized(
     fits = []
     for name in names:
         fit = fit_gates(model, data, example, names=[name])[name]
-        model = linearize(model, scan(model, data, example), example, names=[], fits={name: fit}).model
+        model = linearize(
+            model, scan(model, data, example), example, names=[], fits={name: fit}
+        ).model
         fits.append(fit)
     return model, fits
 

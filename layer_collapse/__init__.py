@@ -23,6 +23,7 @@ from .reduce.blocks import BlockRemoval, remove_blocks
 from .reduce.fold import FoldResult, fold
 from .reduce.gate import AffineGate
 from .reduce.linearize import Linearized, linearize
+from .reduce.optimizer_state import TransferredState, transfer_optimizer_state
 from .reduce.refresh import refresh_batch_norm
 from .reduce.saving import load_folded, save_folded
 
@@ -47,6 +48,7 @@ __all__ = [
     "RectifierEntropy",
     "Strategy",
     "TraceError",
+    "TransferredState",
     "UniformMagnitude",
     "collapse",
     "fingerprint",
@@ -59,4 +61,5 @@ __all__ = [
     "save_folded",
     "scan",
     "track",
+    "transfer_optimizer_state",
 ]

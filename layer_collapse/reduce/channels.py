@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from .layers import CONV, weight_of
+from .layers import CONV, stored_weight
 from .layouts import Layouts
 from .uniform import Layout
 from .work import Work
@@ -84,7 +84,7 @@ def _classified(work: Work) -> Channels:
 
 def unread(layer: nn.Module) -> Tensor:
     """[in] bool: columns of a Linear or Conv that are zero."""
-    weight, groups = weight_of(layer), int(getattr(layer, "groups", 1))
+    weight, groups = stored_weight(layer), int(getattr(layer, "groups", 1))
     blocks = weight.reshape(groups, -1, weight.shape[1], math.prod(weight.shape[2:]))
     return (blocks == 0).all(dim=3).all(dim=1).flatten()
 

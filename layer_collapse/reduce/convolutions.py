@@ -13,6 +13,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from .float64 import call
 from .gate import smallest_form
 from .layers import bias_of, per_channel, scaled_columns, weight_of, with_tensors
 
@@ -211,5 +212,5 @@ def answer(conv: nn.Module, sent: Tensor) -> Tensor | None:
     # Large enough for every border: a small image may lie wholly within the kernel.
     given = sent.view(1, -1, *[1] * geometry.ndim).expand(1, -1, *geometry.large)
     with torch.no_grad():
-        image: Tensor = with_tensors(conv, bias=None)(given)
+        image: Tensor = call(with_tensors(conv, bias=None), [given])
     return per_channel(smallest_form(image), tuple(image.shape), 1)

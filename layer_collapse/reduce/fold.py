@@ -6,7 +6,7 @@ The rules are in :mod:`layer_collapse.reduce.rules`; nothing here knows them one
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 
 from ..graph import ExampleInputs, ordered_inputs, record_shapes, trace
 from . import proof, rules
-from .holdings import remove_dead
+from .holdings import disown, remove_dead, sharing_copy
+from .latency import Stopwatch, in_turns
 from .proof import FoldError
 from .report import Fold, FoldReport, Refusal, size_of
 from .rules.constant import cut_off
@@ -38,6 +39,9 @@ def fold(
     *,
     without: Collection[str] = (),
     border: str = "biasmap",
+    always_fold: bool = True,
+    prove: bool = True,
+    stopwatch: Stopwatch = in_turns,
 ) -> FoldResult:
     """Fold everything that can be folded exactly; what cannot stays, with its reason.
 
@@ -55,7 +59,8 @@ def fold(
     Every fold is proven by itself in float64, with its weights as they will be stored (relative
     error at most 1e-10 for float64, 1e-5 for float32, 2e-3 for float16, 2e-2 for bfloat16), then
     the folded model end to end on the example inputs, on normal noise and, where an image model
-    takes it, on a second size.
+    takes it, on a second size. Beyond the model itself this takes the memory of the folded one and
+    of about one layer (the largest) more: float64 is for one module at a time.
 
     Args:
         model: a module in which rectifiers may have been replaced by gates; it is not changed.
@@ -67,6 +72,12 @@ def fold(
             merging inexact: "biasmap" takes up what does not depend on the data in a map for the
             size of the example inputs, and refuses the rest; "ring" subtracts what is too much at
             the border, for any size; "refuse" keeps both.
+        always_fold: merge two weighted layers even where that is slower. With False each merge is
+            timed against the two layers, on the device, in the dtypes and shapes of the example
+            inputs, and the faster form is kept; what is slower stays, with both times as reason.
+        prove: compare the folded with the unfolded model end to end. Without, the report says so;
+            the proof of every single fold remains.
+        stopwatch: what times two calls against each other, for ``always_fold=False``.
 
     Returns:
         The folded graph module (names of untouched layers are those of ``model``) and the report.
@@ -94,8 +105,11 @@ def fold(
         raise ValueError(f"fold: border must be one of {', '.join(BORDERS)} (got {border!r})")
     graph = _traced(model, example_inputs)
     inputs = ordered_inputs(graph, example_inputs)
-    work = Work(copy.deepcopy(graph), copy.deepcopy(inputs), border)
-    report = FoldReport(before=size_of(graph), after=size_of(graph))
+    work = Work(
+        sharing_copy(graph), copy.deepcopy(inputs), border, None if always_fold else stopwatch
+    )
+    size = size_of(graph, inputs)
+    report = FoldReport(before=size, after=size)
     remove_dead(work.module)
     place = cut_off(work)
     if place is None:
@@ -104,32 +118,29 @@ def fold(
     if place is not None:
         reason = "nothing leads around this layer: without it the output is a constant"
         report.folds, report.refusals = [], [Refusal(str(place.target), "cut", reason)]
-        return FoldResult(_keep_temporary_buffers(graph, model), report)
+        return FoldResult(_finished(graph, model), report)
     sized = work.sized
     folded = work.finished()
-    _prove_end_to_end(graph, folded, inputs, report, second_size=not sized)
-    report.after = size_of(folded)
-    return FoldResult(_keep_temporary_buffers(folded, model), report)
+    report.proven = prove
+    if prove:
+        _prove_end_to_end(graph, folded, inputs, report, second_size=not sized)
+    report.after = size_of(folded, inputs)
+    return FoldResult(_finished(folded, model), report)
 
 
 def _traced(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
-    """A copy of the model as a graph in evaluation mode, shapes recorded.
+    """The model as a graph in evaluation mode that shares its parameters, shapes recorded.
 
     The graph is what everything is proven against, so it is compared with the model first.
     """
-    model = copy.deepcopy(model).eval()
+    model = sharing_copy(model).eval()
     if isinstance(model, fx.GraphModule):
         record_shapes(model, example_inputs)
         return model
     graph = trace(model, example_inputs)
     example = copy.deepcopy(example_inputs)
     with torch.no_grad():
-        if isinstance(example, Tensor):
-            expected = model(example)
-        elif isinstance(example, Mapping):
-            expected = model(**example)
-        else:
-            expected = model(*(example or ()))
+        expected = proof.answer(model, example)
         got = graph(*ordered_inputs(graph, copy.deepcopy(example_inputs)))
     dtypes = [t.dtype for t in model.parameters() if t.is_floating_point()]
     _, error = proof.difference(proof.doubled(got), proof.doubled(expected))
@@ -141,8 +152,12 @@ def _traced(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
     return graph
 
 
-def _keep_temporary_buffers(graph: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
-    """Leave out of the state_dict what the model leaves out; torch.fx forgets it in every copy."""
+def _finished(graph: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
+    """The graph in memory of its own, with the state_dict of the model as far as it goes.
+
+    torch.fx forgets in every copy which buffers the model leaves out of it.
+    """
+    disown(graph, model)
     own = dict(model.named_modules())
     for path, module in graph.named_modules():
         temporary = own[path]._non_persistent_buffers_set if path in own else set[str]()
@@ -181,8 +196,7 @@ def _prove_end_to_end(
     report: FoldReport,
     second_size: bool,
 ) -> None:
-    reference = proof.Float64(proof.to_float64(copy.deepcopy(unfolded)))
-    candidate = proof.Float64(proof.to_float64(copy.deepcopy(folded)))
+    reference, candidate = proof.Float64(unfolded), proof.Float64(folded)
     generator = torch.Generator().manual_seed(1)
     limit = proof.tolerance(
         [t.dtype for t in unfolded.state_dict().values() if t.is_floating_point()]

@@ -1,4 +1,4 @@
-"""Arithmetic on the weights of single layers, in the dtype they have (float64 while folding)."""
+"""Arithmetic on the weights of single layers: in float64, whatever dtype they are stored in."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph import BATCH_NORM, WEIGHTED
+from .float64 import by_rows, wide
 from .gate import AffineGate, ConstantBias
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -44,15 +45,20 @@ ELEMENTWISE = (
 )
 
 
-def weight_of(module: nn.Module) -> Tensor:
-    """The weight of a layer that has one."""
+def stored_weight(module: nn.Module) -> Tensor:
+    """The weight of a layer that has one, as it is stored: for its shape, slices and zeros."""
     assert isinstance(module.weight, Tensor)
     return module.weight.detach()
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a layer that has one, in float64."""
+    return wide(stored_weight(module))
+
+
 def bias_of(module: nn.Module) -> Tensor | None:
-    """The bias of a layer, or None."""
-    return module.bias.detach() if isinstance(module.bias, Tensor) else None
+    """The bias of a layer in float64, or None."""
+    return wide(module.bias) if isinstance(module.bias, Tensor) else None
 
 
 def spatial_dims(module: nn.Module) -> int:
@@ -114,7 +120,7 @@ def with_tensors(module: nn.Module, **tensors: Tensor | None) -> nn.Module:
     """A copy of a layer with some parameters or buffers replaced; strides and flags are kept.
 
     A parameter that was None (a missing bias) becomes one. A weight that was channels_last stays
-    so.
+    so. What is not replaced stays in the dtype it is stored in.
     """
     new = copy.copy(module)
     new._parameters = dict(module._parameters)
@@ -157,7 +163,7 @@ def affine(module: nn.Module, scale: Tensor | None, offset: Tensor | None) -> nn
         return with_tensors(module, scale=new_scale, offset=_moved(module.offset, scale, offset))
     if not isinstance(module, (*WEIGHTED, *BATCH_NORM, nn.LayerNorm)):
         return None
-    if module.weight is None or (type(module) is nn.LayerNorm and weight_of(module).ndim != 1):
+    if module.weight is None or (type(module) is nn.LayerNorm and stored_weight(module).ndim != 1):
         return None
     bias = bias_of(module)
     tensors: dict[str, Tensor | None] = {}
@@ -194,22 +200,24 @@ def scale_and_offset(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def _scaled_rows(module: nn.Module, scale: Tensor) -> Tensor:
-    weight = weight_of(module)
+    weight = stored_weight(module)
     if isinstance(module, CONV_TRANSPOSE):  # [in, out / groups, *kernel], groups along in
         groups, kernel = module.groups, weight.shape[2:]
-        split = weight.reshape(groups, -1, weight.shape[1], *kernel)
-        rows = scale.reshape(groups, 1, -1, *[1] * len(kernel))
-        return (split * rows).reshape(weight.shape)
-    return weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+        split = wide(weight).reshape(groups, -1, weight.shape[1], *kernel)
+        factors = scale.reshape(groups, 1, -1, *[1] * len(kernel))
+        return (split * factors).reshape(weight.shape)
+    column = scale.reshape(-1, *[1] * (weight.ndim - 1))
+    return by_rows(weight, lambda some, rows: some * column[rows])
 
 
 def scaled_columns(module: nn.Module, scale: Tensor) -> Tensor:
     """Weight of a Linear or Conv that reads ``scale * x``: W diag(scale), per group."""
-    weight = weight_of(module)
+    weight = stored_weight(module)
     groups = int(getattr(module, "groups", 1))
-    tail = [1] * (weight.ndim - 2)
-    split = weight.reshape(groups, -1, *weight.shape[1:])
-    return (split * scale.reshape(groups, 1, -1, *tail)).reshape(weight.shape)
+    per_group = len(weight) // groups
+    row = scale.reshape(groups, 1, -1).expand(groups, per_group, -1).reshape(len(weight), -1)
+    row = row.reshape(*row.shape, *[1] * (weight.ndim - 2))
+    return by_rows(weight, lambda some, rows: some * row[rows])
 
 
 def without_channels(module: nn.Module, keep: Tensor, ndim: int) -> nn.Module:
@@ -248,7 +256,7 @@ def selected(
     """
     groups = int(getattr(module, "groups", 1))
     bias = _moved(bias_of(module), None, extra_bias)
-    weight = weight_of(module)
+    weight = stored_weight(module)
     given, read = rows.view(groups, -1), columns.view(groups, -1)
     blocks = weight.reshape(groups, -1, *weight.shape[1:])
     live = [g for g in range(groups) if bool(given[g].any())]
@@ -265,8 +273,7 @@ def selected(
 
 def constant_rows(module: nn.Module) -> Tensor:
     """[C] bool: channels of a Linear or Conv whose weights are all zero."""
-    weight = weight_of(module)
-    return (weight.flatten(1) == 0).all(dim=1)
+    return ~stored_weight(module).flatten(1).any(dim=1)
 
 
 def is_constant(module: nn.Module) -> bool:
@@ -275,5 +282,7 @@ def is_constant(module: nn.Module) -> bool:
         return module.is_constant()
     if type(module) in (*WEIGHTED, *BATCH_NORM, nn.LayerNorm):
         weight = module.weight
-        return isinstance(weight, Tensor) and weight.numel() > 0 and not bool(weight.any())
+        if not isinstance(weight, Tensor) or weight.numel() == 0 or bool(weight[0].any()):
+            return False  # most layers have a weight in their first row: no need to read them all
+        return not bool(weight.any())
     return False

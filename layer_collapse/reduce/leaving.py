@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .channels import Channels, unread
+from .float64 import call
 from .gate import smallest_form
 from .layers import CONV, past_borders, per_channel, with_tensors
 from .uniform import Layout
@@ -103,7 +104,7 @@ class Leaving:
         bare = with_tensors(layer, bias=None)
         given = torch.where(sends, x.value, 0.0).to(bare.weight.device)  # type: ignore[arg-type]
         with torch.no_grad():
-            image: Tensor = bare(given.view(view).expand(shape))
+            image: Tensor = call(bare, [given.view(view).expand(shape)])
         form = smallest_form(image)
         return per_channel(form, tuple(image.shape), self.found.layouts[node].dim)
 

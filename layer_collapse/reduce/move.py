@@ -8,6 +8,7 @@ from torch import fx, nn
 from ..graph import BATCH_NORM, call_counts, shape_of, submodule
 from .border import best_border
 from .convolutions import ZEROS, composed, geometry_of, pad
+from .float64 import call
 from .gate import AffineGate
 from .layers import CONV, DROPOUT, bias_of, scaled_columns, weight_of
 
@@ -82,11 +83,12 @@ def _sends(
 ) -> bool:
     """Whether the second layer reads anything where the first one reads zeros alone."""
     bias = bias_of(first)
-    value = weight_of(first).new_zeros(len(weight_of(first))) if bias is None else bias
+    weight = weight_of(first)
+    value = weight.new_zeros(len(weight)) if bias is None else bias
     value = value.view(1, -1, *[1] * geometry_of(first).ndim)
     with torch.no_grad():
         for node in reversed(above[:-1]):
             module = submodule(graph, node)
             assert module is not None
-            value = module(value)
+            value = call(module, [value])
     return bool(scaled_columns(second, value.flatten()).any())

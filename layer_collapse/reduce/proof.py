@@ -12,6 +12,9 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..graph import ExampleInputs
+from .float64 import call, wide
+
 #: Largest relative error that a fold may have, by the dtype in which its weights are stored.
 TOLERANCE: Mapping[torch.dtype, float] = {
     torch.float64: 1e-10,
@@ -58,6 +61,13 @@ def tolerance(dtypes: Sequence[torch.dtype]) -> float:
     return max((TOLERANCE.get(dtype, 0.0) for dtype in dtypes), default=TOLERANCE[torch.float64])
 
 
+def answer(model: nn.Module, inputs: ExampleInputs) -> Any:
+    """What a model gives for a tensor, a sequence of positional or a mapping of keyword inputs."""
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    return model(**inputs) if isinstance(inputs, Mapping) else model(*(inputs or ()))
+
+
 def difference(candidate: Any, reference: Any) -> tuple[float, float]:
     """Largest absolute and relative error over all tensors of two equally built results.
 
@@ -100,17 +110,6 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
-def to_float64(module: fx.GraphModule) -> fx.GraphModule:
-    """``module.double()``; FoldError where a weight (a packed, quantised one) has no float64."""
-    try:
-        return module.double()
-    except Exception as error:
-        raise FoldError(
-            f"fold: expected weights that can be computed with in float64 ({first_line(error)}); "
-            "fold before quantising"
-        ) from error
-
-
 def doubled(value: Any) -> Any:
     """Floating-point tensors in ``value`` as float64 copies, everything else as it is."""
     return tree_map(
@@ -136,7 +135,7 @@ def noise(value: Any, generator: torch.Generator) -> Any:
 
 
 class Float64(fx.Interpreter):
-    """Runs a graph in float64: casts that the graph asks for go to float64 as well."""
+    """Runs a graph in float64, one module widened at a time; casts go to float64 as well."""
 
     def run_node(self, n: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -145,6 +144,13 @@ class Float64(fx.Interpreter):
         target = "double" if n.op == "call_method" and n.target in _CASTS else n.target
         with torch.no_grad():
             return getattr(self, n.op)(target, args, kwargs)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return call(self.fetch_attr(target), args, kwargs)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return wide(value) if isinstance(value, Tensor) else value
 
 
 def _as_float64(value: Any) -> Any:
@@ -160,7 +166,7 @@ class _Region(Float64):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target in self.replaced:
-            return self.replaced[target](*args, **kwargs)
+            return call(self.replaced[target], args, kwargs)
         return super().call_module(target, args, kwargs)
 
 
@@ -174,7 +180,7 @@ def run_region(
     """Values of ``targets`` and of all that lies between them and the given ``values``.
 
     Args:
-        module: a float64 graph in evaluation mode.
+        module: a graph in evaluation mode; what it holds may have any dtype.
         targets: nodes to compute.
         values: known values; the computation does not look behind them. Tensors are copied first,
             so that operations in place cannot reach the caller's.
@@ -203,8 +209,8 @@ def run_region(
         if isinstance(other, Call):
             value = region.env[other.entrance]
             with torch.no_grad():
-                for call in other.chain:
-                    value = call.module(value)
+                for step in other.chain:
+                    value = call(step.module, [value])
             region.env[node] = value
         elif other is not None:
             region.env[node] = region.env[other]

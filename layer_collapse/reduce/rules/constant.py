@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from ..channels import channels
+from ..float64 import call, widened
 from ..gate import AffineGate, ConstantBias, smallest_form
+from ..holdings import attribute
 from ..layers import is_constant, past_borders
 from ..proof import Call
 from ..walk import factors, free_path, summands
@@ -46,7 +48,7 @@ def _propagate(work: Work) -> dict[fx.Node, Constant]:
         if work.known(node):
             found[node] = Constant(node.meta["fold_value"])
         elif node.op == "get_attr":
-            found[node] = Constant(work.run([node], {})[node])
+            found[node] = Constant(attribute(work.module, str(node.target)))  # as it is stored
         elif work.hooked(node):
             continue
         elif _starts(work, node):
@@ -54,7 +56,7 @@ def _propagate(work: Work) -> dict[fx.Node, Constant]:
             zeros = torch.zeros_like(_sample(work, source))
             found[node] = _evaluated(work, node, {source: zeros}, frozenset([node]), False)
         elif node.all_input_nodes and all(s in found for s in node.all_input_nodes):
-            inputs = {s: found[s].value for s in node.all_input_nodes}
+            inputs = {s: widened(found[s].value) for s in node.all_input_nodes}
             origins = frozenset().union(*(found[s].origins for s in node.all_input_nodes))
             sized = any(found[s].sized for s in node.all_input_nodes)
             if origins:
@@ -102,7 +104,7 @@ def _meets_border(work: Work, node: fx.Node, reads: Sequence[object]) -> bool:
         return False
     pixel = given.flatten(2)[:, :, 0].reshape(*given.shape[:2], *[1] * (given.ndim - 2))
     with torch.no_grad():
-        return _varying(module(pixel.expand(larger))) > 1
+        return _varying(call(module, [pixel.expand(larger)])) > 1
 
 
 def _varying(value: Tensor) -> int:

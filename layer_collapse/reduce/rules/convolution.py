@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from ..border import Border, best_border, border
 from ..convolutions import ZEROS, Geometry, composed, geometry_of, merged
+from ..float64 import call
 from ..gate import ConstantBias, smallest_form
 from ..layers import (
     CONV,
@@ -129,7 +130,8 @@ def _image(second: nn.Module, sent: Tensor | None, shape: tuple[int, ...]) -> Te
     assert sent is not None
     spatial = shape[-spatial_dims(second) :]
     with torch.no_grad():
-        image: Tensor = second(sent.view(1, -1, *[1] * len(spatial)).expand(1, -1, *spatial))
+        given = sent.view(1, -1, *[1] * len(spatial)).expand(1, -1, *spatial)
+        image: Tensor = call(second, [given])
     return image
 
 

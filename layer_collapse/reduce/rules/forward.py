@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 
 from ...graph import BATCH_NORM
 from ..convolutions import answer
+from ..float64 import call
 from ..gate import AffineGate, ConstantBias, smallest_form
 from ..layers import (
     CONV,
@@ -15,7 +16,7 @@ from ..layers import (
     scale_and_offset,
     scaled_columns,
     spatial_dims,
-    weight_of,
+    stored_weight,
     with_tensors,
 )
 from ..proof import Call
@@ -49,7 +50,7 @@ def forward(work: Work, node: fx.Node) -> Plan | None:
         raise Refused(reason)
     assert read_elsewhere(chain) is None  # only_user has led here
     scale, value = pair
-    weight = weight_of(layer) if scale is None else scaled_columns(layer, scale)
+    weight = stored_weight(layer) if scale is None else scaled_columns(layer, scale)
     added = _added(layer, value, shape, dim)
     source, bias = node.all_input_nodes[0], bias_of(layer)
     plan = Plan(str(node.target), f"into {reader.target}", (source,), reader)
@@ -94,7 +95,7 @@ def _added(layer: nn.Module, value: Tensor, shape: tuple[int, ...], dim: int) ->
     if type(layer) in CONV:
         return answer(layer, channels)
     with torch.no_grad():
-        added: Tensor = with_tensors(layer, bias=None)(channels)
+        added: Tensor = call(with_tensors(layer, bias=None), [channels])
     return added
 
 
@@ -102,5 +103,5 @@ def _image(layer: nn.Module, value: Tensor, shape: tuple[int, ...], dim: int) ->
     """The layer's answer to a constant input, less its bias; one sample unless ``dim`` is 0."""
     given = value.expand(1, *shape[1:]) if dim else value.expand(shape)
     with torch.no_grad():
-        image: Tensor = with_tensors(layer, bias=None)(given.contiguous())
+        image: Tensor = call(with_tensors(layer, bias=None), [given.contiguous()])
     return image
