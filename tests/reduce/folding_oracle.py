@@ -143,7 +143,7 @@ def sent_for_zeros(graph: Graph, link: Link) -> Tensor:
 def clause(graph: Graph, link: Link) -> str | None:
     """The theorem that makes two layers one, or None where there is none."""
     first, second = graph.called(link.first), graph.called(link.second)
-    if link.pooled:
+    if link.pooled or any(_is_map(graph.called(n)) for n in link.between):
         return None
     if isinstance(first, nn.Linear):
         return "linear"
@@ -174,6 +174,11 @@ def clause(graph: Graph, link: Link) -> str | None:
     if mode2 == "circular" and keeps and mode1 == "circular" and once:
         return "circular"
     return "aligned" if max(k1) == 1 and max(p1) == 0 else None
+
+
+def _is_map(module: nn.Module | None) -> bool:
+    """A constant that depends on the position, and so on the size of the input."""
+    return isinstance(module, ConstantBias) and max(module.value.shape[1:], default=1) > 1
 
 
 def _tiles(n: int, k: int, s: int, d: int) -> bool:

@@ -230,7 +230,7 @@ class Builder:
     def gate(self) -> nn.Module:
         """A rectifier that still lives, or the gate that pruning has left of one."""
         gates = ["on", "mixed", "mixed", "slope", "saturated", "any"] * 2
-        inside = ["off", "constant"] * 3 if self.in_branch else []
+        inside = ["off", "constant", "constant"] * 3 if self.in_branch else []
         kind = self.choose("gate", *gates, *inside, *_LIVE, "prelu")
         if kind in _LIVE:
             return _LIVE[kind]()
