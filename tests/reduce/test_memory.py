@@ -131,8 +131,8 @@ from layer_collapse.reduce.fold import fold
 from tests.reduce.test_memory import *
 def highest():
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-fold(transformer(32, 1), torch.randn(1, 2, 8))  # what torch itself loads and keeps
 torch.set_default_dtype(torch.{dtype})  # no larger copy to be made first
+fold(transformer(32, 1), torch.randn(1, 2, 8))  # what torch itself loads and keeps
 model = {build}
 x = torch.randn(4, 3200) if len(model) > 20 else torch.randn(2, 64, 8)
 before, start = highest(), time.perf_counter()
