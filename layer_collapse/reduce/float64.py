@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_map
 
 from .holdings import tensors
 
-#: Elements of one weight that are float64 at a time: 32 MiB.
-BLOCK = 2**22
+#: Elements of one weight that are float64 at a time: 8 MiB.
+BLOCK = 2**20
 
 
 def wide(tensor: Tensor) -> Tensor:
