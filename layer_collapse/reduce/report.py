@@ -60,6 +60,7 @@ class FoldReport:
 
     ``max_abs`` and ``max_rel`` compare the folded with the unfolded model end to end, in float64
     with the stored weights; ``checked_sizes`` lists the input shapes on which that was done.
+    ``traced_by`` is "fx" or "export" (see :func:`layer_collapse.tracing.trace`).
     """
 
     before: Size
@@ -69,6 +70,7 @@ class FoldReport:
     max_abs: float = 0.0
     max_rel: float = 0.0
     checked_sizes: list[list[list[int]]] = field(default_factory=list)
+    traced_by: str = "fx"
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -91,6 +93,7 @@ class FoldReport:
                 f"{name:12}{getattr(self.before, name):>12,}{getattr(self.after, name):>12,}"
                 for name in ("depth", "parameters", "rectifiers")
             ),
+            f"traced by torch.{self.traced_by}; "
             f"largest difference end to end: {self.max_abs:.1e} (relative {self.max_rel:.1e})",
             "",
         ]

@@ -8,9 +8,9 @@ from typing import Any, Literal
 from torch import fx, nn
 
 from ..measure.rectifiers import module_kind
-from .exported import exported
+from .by_export import exported
 from .inputs import ExampleInputs, TraceError, bind, first_line, record_shapes, training_mode
-from .symbolic import Untraceable, symbolic
+from .by_fx import Untraceable, symbolic
 
 
 def trace(

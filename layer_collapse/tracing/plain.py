@@ -43,17 +43,18 @@ _END = 2**63 - 1
 
 def is_check(node: fx.Node) -> bool:
     """Whether a node of an exported graph only asserts something."""
-    return _name(node.target) in _CHECKS
+    return operator_name(node) in _CHECKS
 
 
-def _name(target: Any) -> str:
-    schema = getattr(target, "_schema", None)
+def operator_name(node: fx.Node) -> str:
+    """Name of the aten operator that a node calls, without overload; "" for any other node."""
+    schema = getattr(node.target, "_schema", None)
     return str(schema.name).removeprefix("aten::") if schema is not None else ""
 
 
 def plain_call(node: fx.Node) -> Call:
     """A node of an exported graph as a Python call; as it is where there is none."""
-    name = _name(node.target)
+    name = operator_name(node)
     args = tuple(node.args)
     kwargs = {
         key: value

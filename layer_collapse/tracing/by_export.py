@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from torch.utils._pytree import tree_map
 
 from .inputs import training_mode
 from .lifting import lift_layers, liftable
-from .plain import is_check, plain_call
-from .symbolic import chain_inplace_rectifiers
+from .plain import is_check, operator_name, plain_call
+from .by_fx import chain_inplace_rectifiers
 
 
 def _program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -38,14 +39,58 @@ def _program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return torch.export.export(model, args, kwargs, strict=False)
 
 
+_NEW = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
+
+
+def _constants(program: Any) -> dict[fx.Node, Any]:
+    """Values of all nodes that depend on no input and no parameter (masks made of sizes).
+
+    What is written into them in place is done, so that no graph has to keep it in order.
+    """
+    values: dict[fx.Node, Any] = {}
+    inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
+    for node, spec in zip(inputs, program.graph_signature.input_specs, strict=True):
+        if spec.kind == InputKind.CONSTANT_TENSOR:
+            values[node] = program.constants[spec.target].detach().clone()
+    for node in program.graph.nodes:
+        if node.op != "call_function" or is_check(node):
+            continue
+        sources = list(node.all_input_nodes)
+        if operator_name(node) in _NEW:
+            sources = sources[1:]  # of the first, only dtype and device matter
+        if "rand" in operator_name(node) or not all(source in values for source in sources):
+            continue
+        example = {
+            source: torch.empty(0, dtype=source.meta["val"].dtype, device=source.meta["val"].device)
+            for source in node.all_input_nodes
+            if source not in values
+        }
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), {**values, **example}.__getitem__)
+        values[node] = node.target(*args, **kwargs)
+    return values
+
+
+def _writes(program: Any, leaves: Collection[fx.Node], constants: Collection[fx.Node]) -> bool:
+    """Whether anything outside of torch's own modules is written in place."""
+    return any(
+        getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+        for node in program.graph.nodes
+        if node.op == "call_function" and node not in leaves and node not in constants
+    )
+
+
 class _Rebuilt:
     """The model's graph, rebuilt node by node from an exported program."""
 
     def __init__(self, program: Any, model: nn.Module) -> None:
-        self.program, self.model = program, model
         self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.constants = _constants(program)
+        leaves = {n for n in program.graph.nodes if self._leaf_of(n)}
+        if _writes(program, leaves, self.constants):
+            program = program.run_decompositions({})  # the same without writing in place
+            self.constants = _constants(program)
         self.graph = fx.Graph()
-        self.values: dict[fx.Node, fx.Node] = {}
+        self.values: dict[fx.Node, Any] = {}
         self.root: dict[str, Any] = {}
         self.paths: dict[fx.Node, str] = {}  # placeholders of parameters, buffers, constants
         self.members: dict[str, set[fx.Node]] = defaultdict(set)
@@ -58,7 +103,9 @@ class _Rebuilt:
         for node, spec in zip(inputs, program.graph_signature.input_specs, strict=True):
             self._placeholder(node, spec)
         for node in program.graph.nodes:
-            if node.op == "call_function" and not is_check(node):
+            if node in self.constants:
+                self._constant(node)
+            elif node.op == "call_function" and not is_check(node):
                 self._call(node)
         (output,) = (n for n in program.graph.nodes if n.op == "output")
         outputs = [self._value(value) for value in output.args[0]]
@@ -73,10 +120,17 @@ class _Rebuilt:
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
             owner, _, name = path.rpartition(".")
             self.root[path] = getattr(self.modules[owner], name)
-        else:
-            path = f"constant_{len(self.root)}"
-            self.root[path] = self.program.constants[spec.target]
-        self.paths[node] = path
+            self.paths[node] = path
+
+    def _constant(self, node: fx.Node) -> None:
+        value = self.constants[node]
+        if all(user in self.constants for user in node.users):
+            return
+        if not isinstance(value, Tensor):
+            self.values[node] = value
+            return
+        self.paths[node] = f"constant_{len(self.root)}"
+        self.root[self.paths[node]] = value.clone()
 
     def _leaf_of(self, node: fx.Node) -> tuple[str, str] | None:
         """Key of the call and path of the outermost of torch's own modules that made a node."""
@@ -89,13 +143,18 @@ class _Rebuilt:
 
     def _module_call(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         """Input and output of the module call that a node is part of: one tensor each, or None."""
-        members = self.members[self.leaf[node][0]]
+        key, path = self.leaf[node]
+        parameters = inspect.signature(self.modules[path].forward).parameters.values()
+        if sum(p.default is p.empty for p in parameters) != 1:
+            return None
+        members = self.members[key]
         given = {
             source
             for member in members
             for source in member.all_input_nodes
             if source not in members
             and source not in self.paths
+            and source not in self.constants
             and isinstance(source.meta.get("val"), Tensor)
         }
         taken = [n for n in members if any(user not in members for user in n.users)]
@@ -150,8 +209,11 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     used = {str(n.target) for n in rebuilt.graph.nodes if n.op in ("get_attr", "call_module")}
     root = {path: value for path, value in rebuilt.root.items() if path in used}
     module = fx.GraphModule(root, rebuilt.graph, type(model).__name__)
-    for path in [path for path in root if path.startswith("constant_")]:
-        module._non_persistent_buffers_set.add(path)  # no part of the model's state_dict
+    kept = set(model.state_dict())
+    for path, value in root.items():
+        if type(value) is Tensor and path not in kept:  # no part of the model's state_dict
+            owner, _, name = path.rpartition(".")
+            module.get_submodule(owner)._non_persistent_buffers_set.add(name)
     chain_inplace_rectifiers(module, module.graph)
     lift_layers(module, model, liftable(module, model))
     module.graph.eliminate_dead_code()
