@@ -19,15 +19,18 @@ from .prune.masks import Masks
 from .prune.optim import MaskedAdamW, MaskedSGD, keep_pruned
 from .prune.rounds import CutError, Guards
 from .prune.strategies import EntropyGuided, GlobalMagnitude, Strategy, UniformMagnitude
+from .reduce.blocks import BlockRemoval, remove_blocks
 from .reduce.fold import FoldResult, fold
 from .reduce.gate import AffineGate
 from .reduce.linearize import Linearized, linearize
+from .reduce.refresh import refresh_batch_norm
 from .reduce.saving import load_folded, save_folded
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AffineGate",
+    "BlockRemoval",
     "CollapseResult",
     "CutError",
     "EntropyGuided",
@@ -51,6 +54,8 @@ __all__ = [
     "keep_pruned",
     "linearize",
     "load_folded",
+    "refresh_batch_norm",
+    "remove_blocks",
     "save_folded",
     "scan",
     "track",

@@ -112,7 +112,9 @@ def depth(module: fx.GraphModule) -> int:
     longest: dict[fx.Node, int] = {}
     for node in module.graph.nodes:
         above = max((longest[source] for source in node.all_input_nodes), default=0)
-        longest[node] = above + isinstance(submodule(module, node), WEIGHTED)
+        called = submodule(module, node)
+        # A module that computes several layers in a row says how many.
+        longest[node] = above + getattr(called, "depth", int(isinstance(called, WEIGHTED)))
     return max(longest.values(), default=0)
 
 

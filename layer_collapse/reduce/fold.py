@@ -19,7 +19,7 @@ from .holdings import remove_dead
 from .proof import FoldError
 from .report import Fold, FoldReport, Refusal, size_of
 from .rules.constant import cut_off
-from .work import Refused, Work
+from .work import BORDERS, Refused, Work
 
 __all__ = ["FoldError", "FoldResult", "fold"]
 
@@ -33,7 +33,11 @@ class FoldResult:
 
 
 def fold(
-    model: nn.Module, example_inputs: ExampleInputs, *, without: Collection[str] = ()
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    without: Collection[str] = (),
+    border: str = "biasmap",
 ) -> FoldResult:
     """Fold everything that can be folded exactly; what cannot stays, with its reason.
 
@@ -44,6 +48,8 @@ def fold(
       gates, behind) them: W' = diag(a) W, b' = a b + c;
     * neurons without weights: their row and the column that reads them leave;
     * two linear layers in a row: W = W2 W1, b = W2 b1 + b2;
+    * two convolutions in a row, wherever no padding between them makes that inexact;
+    * x + conv(x) and sums of parallel convolutions into one;
     * branches without weights: a constant, taken up by a bias of the residual stream.
 
     Every fold is proven by itself in float64, with its weights as they will be stored (relative
@@ -57,6 +63,10 @@ def fold(
             samples in the shape the folded model will see.
         without: names of rules to leave out, e.g. "batch norm" where the folded network is to be
             trained further.
+        border: what to do where the zero padding of the second of two convolutions makes their
+            merging inexact: "biasmap" takes up what does not depend on the data in a map for the
+            size of the example inputs, and refuses the rest; "ring" subtracts what is too much at
+            the border, for any size; "refuse" keeps both.
 
     Returns:
         The folded graph module (names of untouched layers are those of ``model``) and the report.
@@ -65,7 +75,7 @@ def fold(
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: no example inputs, or ``without`` names no rule.
+        ValueError: no example inputs, ``without`` names no rule, or ``border`` is unknown.
         TraceError: the model cannot be traced or does not run on the inputs.
         FoldError: the folded model is not equal to the unfolded one; no model is returned.
     """
@@ -80,9 +90,11 @@ def fold(
             f"fold: no rule is called {', '.join(sorted(unknown))}; the rules are "
             f"{', '.join(rules.RULES)}"
         )
+    if border not in BORDERS:
+        raise ValueError(f"fold: border must be one of {', '.join(BORDERS)} (got {border!r})")
     graph = _traced(model, example_inputs)
     inputs = ordered_inputs(graph, example_inputs)
-    work = Work(copy.deepcopy(graph), copy.deepcopy(inputs))
+    work = Work(copy.deepcopy(graph), copy.deepcopy(inputs), border)
     report = FoldReport(before=size_of(graph), after=size_of(graph))
     report.traced_by = graph.meta.get("traced_by", "fx")
     remove_dead(work.module)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph import BATCH_NORM, WEIGHTED
-from .gate import AffineGate
+from .gate import AffineGate, ConstantBias
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -74,6 +74,26 @@ def channel_dim(module: nn.Module, ndim: int) -> int | None:
     if spatial_dims(module):
         return 1 if ndim == spatial_dims(module) + 2 else None  # an image without batch has 0
     return None
+
+
+def past_borders(module: nn.Module | None, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape like ``shape`` in which a convolution or pool meets its border and also does not.
+
+    A small image may lie wholly in the border, where every output is alike. Any other module is
+    content with the shape as it is.
+    """
+    kernel = getattr(module, "kernel_size", None)
+    if kernel is None:
+        return shape
+    dilation, padding, stride = (
+        getattr(module, name, default)
+        for name, default in (("dilation", 1), ("padding", 0), ("stride", 1))
+    )
+    k, d, p, s = (
+        max(a) if isinstance(a, tuple) else a if isinstance(a, int) else 0
+        for a in (kernel, dilation, padding, stride)
+    )
+    return (*shape[:2], *[1 + 2 * (k * d + p + s)] * (len(shape) - 2))
 
 
 def per_channel(value: Tensor, shape: tuple[int, ...], dim: int) -> Tensor | None:
@@ -155,6 +175,24 @@ def _moved(bias: Tensor | None, scale: Tensor | None, offset: Tensor | None) -> 
     return moved if offset is None else moved + offset
 
 
+def scale_and_offset(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """A batch norm or a gate as ``scale x + offset`` per channel, each [C].
+
+    Returns:
+        None for any other module, and for a norm without running statistics.
+    """
+    if type(norm) is AffineGate:
+        return norm.scale, norm.offset
+    if type(norm) not in BATCH_NORM or norm.running_mean is None or norm.running_var is None:
+        return None
+    scale = torch.rsqrt(norm.running_var + norm.eps)  # type: ignore[operator]
+    if norm.weight is not None:
+        scale = scale * weight_of(norm)
+    offset = -norm.running_mean * scale  # type: ignore[operator]
+    shift = bias_of(norm)
+    return scale, offset if shift is None else offset + shift
+
+
 def _scaled_rows(module: nn.Module, scale: Tensor) -> Tensor:
     weight = weight_of(module)
     if isinstance(module, CONV_TRANSPOSE):  # [in, out / groups, *kernel], groups along in
@@ -174,42 +212,54 @@ def scaled_columns(module: nn.Module, scale: Tensor) -> Tensor:
     return (split * scale.reshape(groups, 1, -1, *tail)).reshape(weight.shape)
 
 
-def without_channels(module: nn.Module, keep: Tensor) -> nn.Module | None:
-    """A layer that gives only the channels ``keep`` ([C] bool); None for an unsuitable type.
+def without_channels(module: nn.Module, keep: Tensor, ndim: int) -> nn.Module:
+    """A normalisation, gate, PReLU or constant for the channels ``keep`` ([C] bool) alone.
 
-    Linear and plain convolutions lose rows; normalisations, gates, PReLU and depthwise
-    convolutions lose entries.
+    Args:
+        ndim: how many dims a value has from the channels on, to find them in a ConstantBias.
     """
-    kept = int(keep.sum())
+    if type(module) is ConstantBias:
+        dim = module.value.ndim - ndim
+        if dim < 0 or module.value.shape[dim] == 1:
+            return module  # the same for all channels
+        places = keep.nonzero().flatten().to(module.value.device)
+        return with_tensors(module, value=module.value.index_select(dim, places))
+    if type(module) is nn.PReLU and module.weight.numel() == 1:
+        return module  # one slope for all channels
+    names = ("weight", "bias", "running_mean", "running_var", "scale", "offset")
+    own = {name: getattr(module, name, None) for name in names}
+    new = with_tensors(module, **{name: t[keep] for name, t in own.items() if t is not None})
+    if type(module) in BATCH_NORM:
+        new.num_features = int(keep.sum())  # type: ignore[assignment]
     if type(module) is nn.PReLU:
-        return (
-            with_tensors(module, weight=module.weight[keep]) if module.weight.numel() > 1 else None
-        )
-    names = [
-        n
-        for n in ("weight", "bias", "running_mean", "running_var", "scale", "offset")
-        if getattr(module, n, None) is not None
-    ]
-    new = with_tensors(module, **{name: getattr(module, name)[keep] for name in names})
-    if type(module) is nn.Linear:
-        new.out_features = kept  # type: ignore[assignment]
-    elif type(module) in BATCH_NORM:
-        new.num_features = kept  # type: ignore[assignment]
-    elif type(module) in CONV:
-        new.out_channels = kept  # type: ignore[assignment]
-        if module.groups != 1:
-            new.in_channels = new.groups = kept  # type: ignore[assignment]
-    elif type(module) is not AffineGate:
-        return None
+        new.num_parameters = int(keep.sum())  # type: ignore[assignment]
     return new
 
 
-def without_columns(module: nn.Module, keep: Tensor, extra_bias: Tensor | None) -> nn.Module:
-    """A Linear or Conv (groups 1) that reads only the columns ``keep``, with a bias added."""
+def selected(
+    module: nn.Module, rows: Tensor, columns: Tensor, extra_bias: Tensor | None
+) -> nn.Module:
+    """A Linear or Conv with some of its rows and columns, and with a bias added.
+
+    Args:
+        rows: [out] bool, those that stay; as many in every group, or none.
+        columns: [in] bool, likewise; none in the groups that lose their rows.
+        extra_bias: [out] or None.
+    """
+    groups = int(getattr(module, "groups", 1))
     bias = _moved(bias_of(module), None, extra_bias)
-    new = with_tensors(module, weight=weight_of(module)[:, keep], bias=bias)
-    field = "in_features" if type(module) is nn.Linear else "in_channels"
-    setattr(new, field, int(keep.sum()))
+    weight = weight_of(module)
+    given, read = rows.view(groups, -1), columns.view(groups, -1)
+    blocks = weight.reshape(groups, -1, *weight.shape[1:])
+    live = [g for g in range(groups) if bool(given[g].any())]
+    weight = torch.cat([blocks[g][given[g]][:, read[g]] for g in live])
+    new = with_tensors(module, weight=weight, bias=None if bias is None else bias[rows])
+    sizes = {"in": int(columns.sum()), "out": int(rows.sum())}
+    kind = "features" if type(module) is nn.Linear else "channels"
+    for side, size in sizes.items():
+        setattr(new, f"{side}_{kind}", size)
+    if kind == "channels":
+        new.groups = len(live)  # type: ignore[assignment]
     return new
 
 

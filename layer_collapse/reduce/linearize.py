@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from ..graph import ExampleInputs, rectifier_nodes, submodule, trace, training_mode
+from ..graph import ExampleInputs, record_shapes, rectifier_nodes, submodule, trace, training_mode
 from ..measure.rectifiers import module_call, parse_function
 from ..measure.report import (
     EMPTY,
@@ -24,6 +24,7 @@ from ..ops.entropy import State
 from ..ops.rectify import apply_torch
 from ..prune.rounds import CutError
 from .gate import AffineGate
+from .move import move_padding
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,14 @@ class Linearized:
         exact: rectifiers replaced without any change on the scanned data.
         approximate: rectifiers replaced although some of their neurons still switch.
         kept: the others, with the reason.
+        moved: pairs of convolutions whose padding now lies in front of the first ("move").
     """
 
     model: fx.GraphModule
     exact: tuple[str, ...]
     approximate: tuple[str, ...]
     kept: dict[str, str]
+    moved: tuple[tuple[str, str], ...] = ()
 
 
 def _chosen(
@@ -169,6 +172,7 @@ def linearize(
     *,
     names: Sequence[str] | None = None,
     tolerance: float | None = None,
+    border: str = "keep",
 ) -> Linearized:
     """Replace rectifiers of zero entropy by affine gates; exact on the scanned data.
 
@@ -180,14 +184,19 @@ def linearize(
         tolerance: bits; also replace rectifiers whose layer entropy (mean over all neurons) is at
             most this, each neuron by identity unless it was never on. Their output changes, so
             fine-tune and check the accuracy.
+        border: "move" lets the first of two convolutions around a linearised rectifier pad for
+            both, where zero padding between them would keep them from being merged exactly. The
+            function changes at the border: fine-tune before folding.
 
     Raises:
         ValueError: the report certifies nothing, belongs to other weights, or a named rectifier is
-            not linear; ``tolerance`` is negative or NaN.
+            not linear; ``tolerance`` is negative or NaN, or ``border`` is unknown.
         CutError: the network is cut.
     """
     if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"tolerance must be 0 bits or more (got {tolerance})")
+    if border not in ("keep", "move"):
+        raise ValueError(f"linearize: border must be 'keep' or 'move' (got {border!r})")
     if not entropy.certified:
         raise ValueError(
             "linearize needs the report of layer_collapse.scan(model, data); counts taken while "
@@ -219,9 +228,23 @@ def linearize(
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
     graph.recompile()
+    moved = _moved(graph, [gate for _, _, gate in gates]) if border == "move" else ()
+    if moved and example_inputs is not None:
+        record_shapes(graph, example_inputs)
     return Linearized(
         graph,
         tuple(name for name in exact if name not in kept),
         tuple(name for name in approximate if name not in kept),
         kept,
+        moved,
     )
+
+
+def _moved(graph: fx.GraphModule, gates: list[AffineGate]) -> tuple[tuple[str, str], ...]:
+    with training_mode(graph, False):
+        pairs = [
+            move_padding(graph, node)
+            for node in reversed(graph.graph.nodes)  # from the last: what it hands on moves on
+            if any(submodule(graph, node) is gate for gate in gates)
+        ]
+    return tuple(pair for pair in pairs if pair is not None)

@@ -29,11 +29,24 @@ class FoldError(RuntimeError):
 
 @dataclass(frozen=True)
 class Call:
-    """Stands for a node during a run: ``module(source)`` in place of what the node does."""
+    """Stands for a node during a run: ``module(source)`` in place of what the node does.
+
+    ``source`` may be another call, whose result ``module`` reads.
+    """
 
     path: str
     module: nn.Module
-    source: fx.Node
+    source: fx.Node | Call
+
+    @property
+    def chain(self) -> list[Call]:
+        """This call and those below it, from the bottom up."""
+        return [*(self.source.chain if isinstance(self.source, Call) else []), self]
+
+    @property
+    def entrance(self) -> fx.Node:
+        """The node that the lowest call reads."""
+        return self.source.entrance if isinstance(self.source, Call) else self.source
 
 
 #: Nodes that do something else during a run: another node's value, or a call.
@@ -181,15 +194,18 @@ def run_region(
             stack.pop()
             continue
         other = becomes.get(node)
-        source = other.source if isinstance(other, Call) else other
+        source = other.entrance if isinstance(other, Call) else other
         needed = node.all_input_nodes if source is None else [source]
         missing = [n for n in needed if n not in region.env]
         if missing:
             stack.extend(missing)
             continue
         if isinstance(other, Call):
+            value = region.env[other.entrance]
             with torch.no_grad():
-                region.env[node] = other.module(region.env[other.source])
+                for call in other.chain:
+                    value = call.module(value)
+            region.env[node] = value
         elif other is not None:
             region.env[node] = region.env[other]
         else:

@@ -7,7 +7,8 @@ plan is proven with its weights rounded as they will be stored.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,9 @@ from . import proof
 from .holdings import remove_dead, tensors, tied, writes_into
 from .proof import Call
 from .report import Fold
+
+#: What may be done where zero padding makes the merging of two convolutions inexact.
+BORDERS = ("biasmap", "ring", "refuse")
 
 
 class Refused(Exception):
@@ -38,7 +42,11 @@ class Plan:
         target: the value that must stay the same.
         modules: new modules by path, in float64.
         becomes: nodes that leave, each with the node (or call) that takes its place.
+        others: more values that must stay the same.
+        arguments: new positional arguments of nodes that read less (a concatenation).
         rule: name for the report where it differs from the rule's own.
+        merges: whether two layers become one, which need not be faster.
+        sized: whether it holds for the spatial size of the example inputs only.
     """
 
     name: str
@@ -47,7 +55,11 @@ class Plan:
     target: fx.Node
     modules: dict[str, nn.Module] = field(default_factory=dict)
     becomes: dict[fx.Node, fx.Node | Call] = field(default_factory=dict)
+    others: tuple[fx.Node, ...] = ()
+    arguments: dict[fx.Node, tuple[Any, ...]] = field(default_factory=dict)
     rule: str = ""
+    merges: bool = False
+    sized: bool = False
 
 
 class _Values(ShapeProp):
@@ -66,10 +78,12 @@ class Work:
     Args:
         module: the graph to fold, in evaluation mode; it becomes the work's own.
         inputs: its placeholders' values, in order.
+        border: what to do where zero padding makes a fold inexact: "refuse", "biasmap" or "ring".
     """
 
-    def __init__(self, module: fx.GraphModule, inputs: list[Any]) -> None:
+    def __init__(self, module: fx.GraphModule, inputs: list[Any], border: str = "biasmap") -> None:
         self.module = module
+        self.border = border
         with torch.no_grad():
             _Values(module).propagate(*inputs)
         self.dtypes = {name: t.dtype for name, t in tensors(module).items()}
@@ -151,23 +165,26 @@ class Work:
         known = self.sizes()
         # In the graph's order: rules collect sources in sets, whose order differs between runs.
         values = {s: self._random(s) for s in sorted(plan.sources)} | known
-        before = proof.run_region(self.module, [plan.target], values)[plan.target]
+        targets = [plan.target, *plan.others]
+        env = proof.run_region(self.module, targets, values)
+        before = [env[target] for target in targets]
         dtypes = self._stored_dtypes(plan)
         modules = {path: _rounded(m, path, dtypes) for path, m in plan.modules.items()}
         becomes = {
-            node: Call(to.path, _rounded(to.module, to.path, dtypes), to.source)
-            if isinstance(to, Call)
-            else to
+            node: _rounded_call(to, dtypes) if isinstance(to, Call) else to
             for node, to in plan.becomes.items()
         }
-        try:
-            after = proof.run_region(self.module, [plan.target], values, modules, becomes)
-        except Exception as error:
-            raise Refused(f"its folded form does not run ({proof.first_line(error)})") from error
-        max_abs, max_rel = proof.difference(after[plan.target], before)
-        limit = proof.tolerance(list(dtypes.values()))
-        if not max_rel <= limit:
-            raise Refused(f"its relative error of {max_rel:.1e} is above {limit:.0e}")
+        with _arguments(plan.arguments) as accept:
+            try:
+                after = proof.run_region(self.module, targets, values, modules, becomes)
+            except Exception as error:
+                reason = proof.first_line(error)
+                raise Refused(f"its folded form does not run ({reason})") from error
+            max_abs, max_rel = proof.difference([after[target] for target in targets], before)
+            limit = proof.tolerance(list(dtypes.values()))
+            if not max_rel <= limit:
+                raise Refused(f"its relative error of {max_rel:.1e} is above {limit:.0e}")
+            accept()
         self._carry_out(plan, dtypes)
         for node, value in after.items():  # a narrower layer changes the shapes behind it
             if isinstance(value, Tensor) and "tensor_meta" in node.meta:
@@ -195,7 +212,8 @@ class Work:
         meta = plan.target.meta.get("tensor_meta")
         new = getattr(meta, "dtype", torch.get_default_dtype())
         modules = dict(plan.modules)
-        modules |= {to.path: to.module for to in plan.becomes.values() if isinstance(to, Call)}
+        for to in plan.becomes.values():
+            modules |= {c.path: c.module for c in to.chain} if isinstance(to, Call) else {}
         dtypes = {}
         for path, module in modules.items():
             beside = self.dtypes.get(f"{path}.weight", new)  # a bias that was not there before
@@ -209,14 +227,17 @@ class Work:
             self.module.set_submodule(path, module)
         for node, to in plan.becomes.items():
             if isinstance(to, Call):
-                self.module.add_submodule(to.path, to.module)
-                with graph.inserting_before(node):
-                    call = graph.call_module(to.path, (to.source,))
-                call.meta = dict(node.meta)
-                to = call
+                value = to.entrance
+                for call in to.chain:
+                    self.module.add_submodule(call.path, call.module)
+                    with graph.inserting_before(node):
+                        value = graph.call_module(call.path, (value,))
+                    value.meta = dict(node.meta)
+                to = value
             node.replace_all_uses_with(to)
         remove_dead(self.module)
         self.dtypes |= dtypes
+        self.sized |= plan.sized
         self.version += 1
 
     def finished(self) -> fx.GraphModule:
@@ -232,6 +253,19 @@ class Work:
         return self.module
 
 
+@contextmanager
+def _arguments(new: Mapping[fx.Node, tuple[Any, ...]]) -> Iterator[Callable[[], None]]:
+    """Give nodes other arguments, and their own ones back unless what is yielded was called."""
+    own = {node: node.args for node in new}
+    for node, args in new.items():
+        node.args = args
+    try:
+        yield own.clear
+    finally:
+        for node, args in own.items():
+            node.args = args
+
+
 def _rounded(module: nn.Module, path: str, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
     """A float64 copy whose values are those that the stored dtypes can hold."""
     module = copy.deepcopy(module)
@@ -239,3 +273,9 @@ def _rounded(module: nn.Module, path: str, dtypes: Mapping[str, torch.dtype]) ->
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtypes[f"{path}.{name}"]).to(torch.float64)
     return module.eval()
+
+
+def _rounded_call(call: Call, dtypes: Mapping[str, torch.dtype]) -> Call:
+    below = call.source
+    source = _rounded_call(below, dtypes) if isinstance(below, Call) else below
+    return Call(call.path, _rounded(call.module, call.path, dtypes), source)
