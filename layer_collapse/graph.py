@@ -8,9 +8,7 @@ folding; counting runs in the model itself (:mod:`layer_collapse.measure`).
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
-import torch
 from torch import fx, nn
 
 from .measure.rectifiers import module_kind, rectifier_function

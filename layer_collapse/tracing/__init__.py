@@ -1,4 +1,4 @@
-"""From a model to its graph: by torch.fx, else by torch.export, else around what neither follows."""
+"""From a model to its graph: by torch.fx, else torch.export, else around what neither follows."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import fx, nn
 
 from ..measure.rectifiers import module_kind
 from .by_export import exported
-from .inputs import ExampleInputs, TraceError, bind, first_line, record_shapes, training_mode
 from .by_fx import Untraceable, symbolic
+from .inputs import ExampleInputs, TraceError, bind, first_line, record_shapes
 
 
 def trace(
@@ -55,8 +55,8 @@ def trace(
                 raise TraceError(
                     f"cannot trace {type(model).__name__} by torch.export ({first_line(error)})"
                 ) from error
-            refused.add_note(f"torch.export: {first_line(error)}")
-            module, hidden = _around(model, args, kwargs, refused)
+            both = f"{refused}; torch.export does not either ({first_line(error)})"
+            module, hidden = _around(model, args, kwargs, Untraceable(both, refused.path))
     module.meta["traced_by"], module.meta["hidden"] = how, hidden
     module.graph.lint()
     module.recompile()

@@ -18,10 +18,10 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_map
 
+from .by_fx import chain_inplace_rectifiers
 from .inputs import training_mode
 from .lifting import lift_layers, liftable
 from .plain import is_check, operator_name, plain_call
-from .by_fx import chain_inplace_rectifiers
 
 
 def _program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -87,6 +87,6 @@ def record_shapes(module: fx.GraphModule, example_inputs: ExampleInputs) -> None
             _Shapes(module).run(*ordered)
     except Exception as error:
         raise TraceError(
-            f"the model does not run on the example inputs ({first_line(error)}); pass inputs of the "
-            "shapes and dtypes that the model expects"
+            f"the model does not run on the example inputs ({first_line(error)}); pass inputs of "
+            "the shapes and dtypes that the model expects"
         ) from error

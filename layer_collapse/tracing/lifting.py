@@ -29,7 +29,7 @@ _PARAMETERS: Mapping[Any, tuple[str, ...]] = {
         *("training", "momentum", "eps"),
     ),
 }
-_CONVOLUTIONS = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d}
+_CONVOLUTIONS: Mapping[Any, Any] = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d}
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -86,7 +86,7 @@ def _plain(node: fx.Node, arguments: dict[str, Any], owner: nn.Module) -> nn.Mod
     return _CONVOLUTIONS[node.target](
         weight.shape[1] * groups,
         weight.shape[0],
-        tuple(weight.shape[2:]),  # type: ignore[arg-type]
+        tuple(weight.shape[2:]),
         _sizes(numbers.get("stride", 1)),
         _sizes(padding),
         _sizes(numbers.get("dilation", 1)),
@@ -160,7 +160,7 @@ def lift_layers(module: fx.GraphModule, model: nn.Module, plain: Mapping[str, nn
     for node in list(graph.nodes):
         arguments = _arguments(node)
         owner = None if arguments is None else _owner(arguments)
-        if arguments is None or owner not in plain:
+        if arguments is None or owner is None or owner not in plain:
             continue
         module.set_submodule(owner, plain[owner])
         with graph.inserting_before(node):

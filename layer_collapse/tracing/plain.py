@@ -16,15 +16,13 @@ from torch import Tensor, fx
 #: op, target, args, kwargs of a node.
 Call = tuple[str, Any, tuple[Any, ...], dict[str, Any]]
 
+_SAME_IN_F = """relu gelu silu hardswish leaky_relu prelu relu6 linear conv1d conv2d conv3d
+    conv_transpose1d conv_transpose2d conv_transpose3d dropout pad max_pool1d max_pool2d
+    max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+    adaptive_avg_pool3d scaled_dot_product_attention pixel_shuffle"""
 #: Operators whose arguments are those of a function outside of ``torch`` itself.
 _FUNCTIONS: Mapping[str, Any] = {
-    **{
-        name: getattr(F, name)
-        for name in """relu gelu silu hardswish leaky_relu prelu relu6 linear conv1d conv2d conv3d
-            conv_transpose1d conv_transpose2d conv_transpose3d dropout pad max_pool1d max_pool2d
-            max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-            adaptive_avg_pool3d scaled_dot_product_attention pixel_shuffle""".split()
-    },
+    **{name: getattr(F, name) for name in _SAME_IN_F.split()},
     "__and__": operator.and_,
     "__or__": operator.or_,
     "__xor__": operator.xor,
