@@ -126,11 +126,11 @@ def main() -> None:
         "| " + " | ".join(_COLUMNS) + " |",
         "|" + "---|" * len(_COLUMNS),
     ]
-    for name in options.names:
+    options.out.parent.mkdir(exist_ok=True)
+    for name in options.names:  # written row by row: at full size this takes long
         lines.append("| " + " | ".join(row(name, not options.small, options.batch)) + " |")
         print(lines[-1], flush=True)
-    options.out.parent.mkdir(exist_ok=True)
-    options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
