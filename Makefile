@@ -7,12 +7,14 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow sanitize bench bench-quick lint format clean cuda-check cuda-build gpu-report
+.PHONY: help demo test slow sanitize bench bench-quick lint format clean structure architectures cuda-check cuda-build gpu-report
 
 help:
 	@echo "make demo    layers leave a small network: about a minute, results in runs/demo"
 	@echo "make test    every test but the slow ones"
 	@echo "make slow    the slow ones too: full sizes"
+	@echo "make structure  public models folded, with torchvision, timm, transformers and onnxruntime (6 GB)"
+	@echo "make architectures  the same at full size, as a table (docs/architectures.md)"
 	@echo "make sanitize  the native code under ASan and UBSan"
 	@echo "make bench   ratios against peers, measured in this run: about 20 minutes; bench-quick: about 4"
 	@echo "make lint    ruff, mypy and clang-format; make format repairs what can be repaired"
@@ -93,6 +95,18 @@ CUDA_BIN := .venv-cuda/bin
 cuda-build: .venv-cuda/extension
 	$(CUDA_BIN)/python -P -m pytest -q tests/ops -p no:cacheprovider
 	$(CUDA_BIN)/layer-collapse doctor
+
+# torchvision needs the torch of .venv-cuda, which works without a GPU too. The extension is the
+# tree's own: a binary of the stable ABI serves every later torch of the same Python.
+.venv-cuda/structure: .venv-cuda/packages requirements/structure.txt
+	$(CUDA_BIN)/pip install --quiet --disable-pip-version-check -r requirements/structure.txt
+	@touch $@
+
+structure: $(VENV)/extension .venv-cuda/structure
+	HF_HUB_OFFLINE=1 $(CUDA_BIN)/python -m pytest tests/structure
+
+architectures: $(VENV)/extension .venv-cuda/structure
+	HF_HUB_OFFLINE=1 $(CUDA_BIN)/python -m tests.structure.table
 
 gpu-report: .venv-cuda/extension
 	$(CUDA_BIN)/python -P benchmarks/gpu_report.py

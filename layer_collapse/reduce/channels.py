@@ -86,7 +86,7 @@ def unread(layer: nn.Module) -> Tensor:
     """[in] bool: columns of a Linear or Conv that are zero."""
     weight, groups = stored_weight(layer), int(getattr(layer, "groups", 1))
     blocks = weight.reshape(groups, -1, weight.shape[1], math.prod(weight.shape[2:]))
-    return (blocks == 0).all(dim=3).all(dim=1).flatten()
+    return ~blocks.any(dim=1).any(dim=2).flatten()  # no copy of the weight, not even of bools
 
 
 def _components(count: int, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:

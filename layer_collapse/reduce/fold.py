@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..graph import ExampleInputs, ordered_inputs, record_shapes, trace
+from ..graph import ExampleInputs, carries_data, ordered_inputs, record_shapes, trace
 from . import proof, rules
 from .holdings import disown, remove_dead, sharing_copy
 from .latency import Stopwatch, in_turns
@@ -110,6 +110,7 @@ def fold(
     )
     size = size_of(graph, inputs)
     report = FoldReport(before=size, after=size)
+    report.traced_by = graph.meta.get("traced_by", "fx")
     remove_dead(work.module)
     place = cut_off(work)
     if place is None:
@@ -125,6 +126,8 @@ def fold(
     if prove:
         _prove_end_to_end(graph, folded, inputs, report, second_size=not sized)
     report.after = size_of(folded, inputs)
+    hidden = graph.meta.get("hidden", {})
+    report.refusals += [Refusal(path, "trace", reason) for path, reason in hidden.items()]
     return FoldResult(_finished(folded, model), report)
 
 
@@ -135,9 +138,11 @@ def _traced(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
     """
     model = sharing_copy(model).eval()
     if isinstance(model, fx.GraphModule):
+        _simplified(model)
         record_shapes(model, example_inputs)
         return model
     graph = trace(model, example_inputs)
+    _simplified(graph)
     example = copy.deepcopy(example_inputs)
     with torch.no_grad():
         expected = proof.answer(model, example)
@@ -150,6 +155,28 @@ def _traced(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
             f"{error:.1e} on the example inputs; make its forward deterministic in evaluation mode"
         )
     return graph
+
+
+def _simplified(graph: fx.GraphModule) -> None:
+    """Take out what does nothing in evaluation, the mode of folded models.
+
+    That is stochastic depth and the like, and assertions about shapes, which would count as readers
+    of the values that they look at.
+    """
+    for node in list(graph.graph.nodes):
+        if node.meta.get("identity"):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph.graph.erase_node(node)
+        elif node.target is torch._assert and not _reads_data(node):
+            graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def _reads_data(node: fx.Node) -> bool:
+    """Whether a value depends on more than shapes."""
+    if node.op in ("placeholder", "get_attr", "call_module"):
+        return True
+    return carries_data(node) and any(_reads_data(source) for source in node.all_input_nodes)
 
 
 def _finished(graph: fx.GraphModule, model: nn.Module) -> fx.GraphModule:

@@ -104,10 +104,24 @@ def remove_dead(module: fx.GraphModule) -> None:
         module.graph.erase_node(node)
     modules = {str(n.target) for n in module.graph.nodes if n.op == "call_module"}
     attributes = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
+    emptied = set[str]()
     for path in tensors(module):
         owner, _, name = path.rpartition(".")
         parts = owner.split(".")
         inside = any(".".join(parts[: i + 1]) in modules for i in range(len(parts)))
         if path not in attributes and not inside:
             delattr(module.get_submodule(owner), name)
+            emptied.add(owner)
     module.delete_all_unused_submodules()
+    left = dict(module.named_modules())
+    for path in emptied & set(left) - {""}:
+        module.set_submodule(path, _shell(left[path]))
+
+
+def _shell(module: nn.Module) -> nn.Module:
+    """What is left of a layer without its tensors: a name for the modules in it."""
+    shell = nn.Module()
+    shell._modules, shell._parameters = module._modules, module._parameters
+    shell._buffers, shell.training = module._buffers, module.training
+    shell._non_persistent_buffers_set = module._non_persistent_buffers_set
+    return shell

@@ -22,7 +22,7 @@ _OPERATOR = """add sub mul truediv floordiv mod matmul pow neg getitem eq ne lt 
     or_ not_ invert xor iadd isub imul itruediv"""
 _TORCH = """abs add addcmul addmm amax amin arange argmax argmin baddbmm bmm bool cat ceil chunk
     clamp concat cos cumsum div einsum empty eq exp eye finfo flatten flip floor full full_like
-    ge gt index_select isinf isnan le lerp log log1p logical_and logical_not logical_or
+    gather ge gt index_select isinf isnan le lerp log log1p logical_and logical_not logical_or
     logsumexp lt masked_fill matmul max maximum mean min minimum mul multiply narrow ne neg norm
     numel ones ones_like outer permute pow prelu prod reciprocal relu relu_ repeat_interleave
     reshape roll rsqrt select sigmoid sign sin softmax split sqrt square squeeze stack std sub

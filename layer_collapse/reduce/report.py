@@ -109,7 +109,8 @@ class FoldReport:
     ``max_abs`` and ``max_rel`` compare the folded with the unfolded model end to end, in float64
     with the stored weights; ``checked_sizes`` lists the input shapes on which that was done, none
     where ``proven`` is False. ``latency`` is for who folds to fill in: of the whole model
-    (:func:`layer_collapse.reduce.latency.compare`).
+    (:func:`layer_collapse.reduce.latency.compare`). ``traced_by`` is "fx" or "export" (see
+    :func:`layer_collapse.tracing.trace`).
     """
 
     before: Size
@@ -121,6 +122,7 @@ class FoldReport:
     checked_sizes: list[list[list[int]]] = field(default_factory=list)
     proven: bool = True
     latency: Latency | None = None
+    traced_by: str = "fx"
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -143,6 +145,7 @@ class FoldReport:
                 f"{name:12}{getattr(self.before, name):>12,}{getattr(self.after, name):>12,}"
                 for name in ("depth", "parameters", "rectifiers", "macs")
             ),
+            f"traced by torch.{self.traced_by}",
         ]
         if self.latency is not None:
             measured = f"batch {self.latency.batch}, {self.latency.threads} threads"
