@@ -18,7 +18,7 @@ from ..graph import BATCH_NORM, carries_data, shape_of
 from . import passing
 from .gate import AffineGate, ConstantBias
 from .holdings import writes_into
-from .layers import CONV, channel_dim, constant_rows, weight_of
+from .layers import CONV, channel_dim, constant_rows
 from .uniform import Constants, Layout
 from .walk import factors, summands
 from .work import Work
@@ -139,7 +139,7 @@ class Layouts:
         if dim is None:
             return None
         groups, rows = int(getattr(layer, "groups", 1)), constant_rows(layer).cpu()
-        weight = weight_of(layer).cpu()
+        weight = stored_weight(layer).cpu()
         x = self.layouts.get(source)
         if x is not None and (x.dim != dim or len(x.ids) != groups * weight.shape[1]):
             self._stay(source, f"{str(node.target)!r} mixes what lies beside them")
@@ -149,7 +149,7 @@ class Layouts:
             return Layout(dim, self._new(len(weight)), rows, zeros)
         if bool(x.constant.any()):  # rows of which only constants are left
             taps = math.prod(weight.shape[2:])
-            used = (weight.reshape(groups, -1, weight.shape[1], taps) != 0).any(dim=3)
+            used = weight.reshape(groups, -1, weight.shape[1], taps).any(dim=3)
             rows = ~(used & ~x.constant.view(groups, 1, -1)).any(dim=2).flatten()
         if groups == len(x.ids) > 1:
             return Layout(dim, x.ids.repeat_interleave(len(rows) // groups), rows, zeros)
