@@ -65,7 +65,7 @@ void run_in_memory_order(const Rule& rule, const MaskedTensor& tensor, int64_t f
     run(rule, tensor.words ? tensor.words + first : nullptr, first, last, tensor.numel);
     return;
   }
-  constexpr int64_t kBatch = 64;
+  constexpr int64_t kBatch = 1024;  // lines are asked for ahead within a batch only
   for (int64_t begin = first; begin < last; begin += kBatch) {
     const int64_t end = std::min(begin + kBatch, last);
     std::array<uint32_t, kBatch> gathered{};

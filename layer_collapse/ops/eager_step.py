@@ -57,7 +57,8 @@ class StepPlan:
             packed.append(CODES[parameter.dtype])
             packed.extend(addresses + [0] * (_STATES - len(addresses)))
             packed.append(state["step"].data_ptr() if "step" in keys else 0)
-            self._entries.append((parameter, parameter.data_ptr(), parameter.numel(), words, kept))
+            facts = parameter, parameter.data_ptr(), parameter.numel(), parameter.dtype
+            self._entries.append((*facts, words, kept))
             self._written += [tensor for _, tensor, _ in kept]
         self.keys = keys
         self.tensors = packed.tobytes()
@@ -82,8 +83,9 @@ class StepPlan:
         """The gradients, or None where anything else than they differs from the step before."""
         if len(parameters) != len(self._entries):
             return None
+        strided = torch.strided  # every look-up counts here
         grads = []
-        for parameter, version, (known, address, numel, _, kept) in zip(
+        for parameter, version, (known, address, numel, dtype, _, kept) in zip(
             parameters, self._versions, self._entries, strict=True
         ):
             grad = parameter.grad
@@ -94,8 +96,8 @@ class StepPlan:
                 or parameter.numel() != numel
                 or not parameter.is_contiguous()
                 or type(grad) is not Tensor
-                or grad.layout is not torch.strided
-                or grad.dtype is not parameter.dtype
+                or grad.layout is not strided
+                or grad.dtype is not dtype
                 or grad.numel() != numel
                 or not grad.is_contiguous()
             ):
