@@ -51,7 +51,9 @@ class StepPlan:
         self._entries = []
         self._written = list(parameters)
         for parameter, words, state in zip(parameters, masks, states, strict=True):
-            kept = [(key, state[key], state[key].data_ptr()) for key in keys]
+            kept: list[tuple[str, Tensor, int]] = [
+                (key, state[key], state[key].data_ptr()) for key in keys
+            ]
             addresses = [address for key, _, address in kept if key != "step"]
             packed.extend([parameter.data_ptr(), words.data_ptr(), parameter.numel()])
             packed.append(CODES[parameter.dtype])
