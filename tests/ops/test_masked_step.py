@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from layer_collapse import _C
 from layer_collapse.ops.masked_step import (
@@ -383,10 +384,23 @@ def test_opcheck(layout):
     torch.library.opcheck(ops.apply_masks_.default, ([weight, grad], [words, words]))
 
 
-def test_empty_lists():
-    masked_sgd_([], [], [], [], lr=0.1)
-    masked_adamw_([], [], [], [], [], [], [], lr=0.1)
-    apply_masks_([], [])
+def test_empty_lists_call_no_op():
+    """An op without a tensor has no device to run on; one number alone must not bring one in."""
+    called = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func)
+            return func(*args, **(kwargs or {}))
+
+    number = torch.tensor(1.0)
+    with Watch():
+        masked_sgd_([], [], [], [], lr=0.1, grad_scale=number, found_inf=number)
+        masked_adamw_([], [], [], [], [], [], [], lr=0.1, grad_scale=number, found_inf=number)
+        apply_masks_([], [])
+        assert called == []
+        apply_masks_([torch.ones(1)], [torch.zeros(1, dtype=torch.int32)])
+    assert ops.apply_masks_.default in called
 
 
 REFUSALS = [
