@@ -81,9 +81,9 @@ LC_INLINE void rectify_row(const T* x, T* y, const bool* valid, int64_t n, Compu
 }
 
 // The same for rectifiers that are counted by sign, on floats.
-template <bool kAhead, typename Rectifier>
+template <typename Counter, bool kAhead, typename Rectifier>
 LC_INLINE void rectify_signs(const float* x, float* y, int64_t n, int64_t* counts, int64_t stride) {
-  SignTally<Rectifier> tally;
+  SignTally<Rectifier, Counter> tally;
   NanWatch watch;
   int64_t i = 0;
   for (; i + kGroup <= n; i += kGroup) {
@@ -118,10 +118,14 @@ LC_INLINE void rectify_planes(const Span<T>& span, int64_t from, int64_t to, int
       rectify_row<true, Rectifier>(x, y, valid, n, slope, into, span.channels);
     } else if constexpr (!kBySign<Rectifier, T>) {
       rectify_row<false, Rectifier>(x, y, nullptr, n, slope, into, span.channels);
+    } else if (n <= kFewGroups * kGroup) {
+      if constexpr (kFewGroups > 0) {
+        rectify_signs<int64_t, false, Rectifier>(x, y, n, into, span.channels);
+      }
     } else if (in_place) {
-      rectify_signs<true, Rectifier>(x, y, n, into, span.channels);
+      rectify_signs<SignBytes, true, Rectifier>(x, y, n, into, span.channels);
     } else {
-      rectify_signs<false, Rectifier>(x, y, n, into, span.channels);
+      rectify_signs<SignBytes, false, Rectifier>(x, y, n, into, span.channels);
     }
     if (++segment < segments) continue;
     segment = 0;
@@ -161,17 +165,15 @@ LC_INLINE void rectify_columns(const T* x, T* y, int64_t width, const Compute<T>
 
 // Rows of kTile blocks of columns, whose counters stay in registers meanwhile. x and y are at the
 // first column, bytes too; the last block has `last` columns. Returns whether there was a NaN.
-inline constexpr int kWidestTile = 4;
-
 template <int kTile, bool kAhead, typename Rectifier>
 LC_INLINE bool rectify_tile(const float* x, float* y, int64_t width, int64_t rows, int64_t last,
                             uint8_t* bytes, int64_t stride) {
   SignTally<Rectifier> tally[kTile];
   NanWatch watch;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int tile = 0; tile < kTile; ++tile) tally[tile].load_from(bytes + tile * kBlock, stride);
   for (int64_t row = 0; row < rows; ++row) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int tile = 0; tile < kTile; ++tile) {
       const int64_t at = row * width + tile * kBlock;
       fetch<kAhead>(x + at + 2 * width);
@@ -182,9 +184,17 @@ LC_INLINE bool rectify_tile(const float* x, float* y, int64_t width, int64_t row
       }
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int tile = 0; tile < kTile; ++tile) tally[tile].store_to(bytes + tile * kBlock, stride);
   return watch.saw_nan();
+}
+
+// How many of the blocks that are left make the next tile: not so that a single one remains among
+// others, which would be slow. Four counters of eight blocks would not fit the registers.
+constexpr int64_t next_tile(int64_t left, bool wide) {
+  if (wide && left >= 8 && left != 9) return 8;
+  if (left >= 4 && left != 5) return 4;
+  return std::min<int64_t>(left, 3);
 }
 
 // Rows [rows][width] of columns that are counted by sign. Returns whether there was a NaN.
@@ -195,15 +205,16 @@ LC_INLINE bool rectify_tiles(const float* x, float* y, int64_t width, int64_t ro
   bool any_nan = false;
   for (int64_t block = 0; block < blocks;) {
     const int64_t left = blocks - block, c = block * kBlock;
-    // A tile of one block among others is slow: five are three and two.
-    const int64_t tile = left == kWidestTile + 1 ? 3 : std::min<int64_t>(left, kWidestTile);
+    const int64_t tile = next_tile(left, kAhead && SignTally<Rectifier>::kRows == 3);
     const int64_t last = std::min(kBlock, width - c - (tile - 1) * kBlock);
     const auto run = [&]<int kTile>(std::integral_constant<int, kTile>) {
       return rectify_tile<kTile, kAhead, Rectifier>(x + c, y + c, width, rows, last, bytes + c,
                                                     stride);
     };
     bool saw_nan;
-    if (tile == 4) {
+    if (kAhead && tile == 8) {
+      saw_nan = run(std::integral_constant<int, 8>{});
+    } else if (tile == 4) {
       saw_nan = run(std::integral_constant<int, 4>{});
     } else if (tile == 3) {
       saw_nan = run(std::integral_constant<int, 3>{});
@@ -228,25 +239,39 @@ LC_INLINE bool rectify_tiles(const float* x, float* y, int64_t width, int64_t ro
   return any_nan;
 }
 
-// Adds the bytes of one counter of all columns to sums [blocks * 64] and clears them; the first
-// time sums need not hold anything.
-template <bool kInPlaces, typename T>
-LC_INLINE void drain_columns(uint8_t* bytes, int64_t blocks, int32_t* sums, bool first) {
+// Puts the bytes of one counter in the order of the columns. kBySignBytes: they are SignTally's.
+template <bool kBySignBytes, typename T>
+LC_INLINE void order_columns(uint8_t* bytes, int64_t blocks) {
   using Words = typename Lanes<T>::Words;
-  for (int64_t block = 0; block < blocks; ++block, bytes += kBlock, sums += kBlock) {
-    alignas(64) uint8_t ordered[kBlock];
-    if constexpr (kInPlaces) {
-      store(ordered, in_column_order(load<SignBytes>(bytes)));
+  for (; blocks > 0; --blocks, bytes += kBlock) {
+    if constexpr (kBySignBytes) {
+      store(bytes, in_column_order(load<SignBytes>(bytes)));
     } else {
       const auto packed = load<Words>(bytes);
 #pragma GCC unroll 8
       for (int i = 0; i < kBlock / kLanes<T>; ++i) {
         const Words lanes = (packed >> (8 * i)) & 0xFF;
-        store(ordered + i * kLanes<T>, __builtin_convertvector(lanes, typename Lanes<T>::Bytes));
+        store(bytes + i * kLanes<T>, __builtin_convertvector(lanes, typename Lanes<T>::Bytes));
       }
     }
-    std::memset(bytes, 0, kBlock);
-    for (int i = 0; i < kBlock; ++i) sums[i] = (first ? 0 : sums[i]) + ordered[i];
+  }
+}
+
+// Adds ordered bytes of columns to sums [width]; the first time they need not hold anything.
+LC_INLINE void add_columns(const uint8_t* bytes, int64_t width, int32_t* sums, bool first) {
+  for (int64_t i = 0; i < width; ++i) sums[i] = (first ? 0 : sums[i]) + bytes[i];
+}
+
+// The same where each channel has `inner` <= 64 columns in sequence: to sums [C], over and over.
+// The 64 bytes after the last column may be read.
+LC_INLINE void add_planes(const uint8_t* bytes, int64_t width, int64_t inner, int64_t channels,
+                          int64_t* sums) {
+  SignBytes keep{};
+  for (int64_t i = 0; i < inner; ++i) keep[i] = -1;
+  for (int64_t first = 0, channel = 0; first < width; first += inner) {
+    const auto eight = byte_sums(load<SignBytes>(bytes + first) & keep);
+    sums[channel] += sum_lanes<double>(bits_as<Lanes<double>::Mask>(eight));
+    if (++channel == channels) channel = 0;
   }
 }
 

@@ -85,25 +85,29 @@ LC_INLINE SignBytes in_column_order(SignBytes bytes) {
   return bits_as<SignBytes>(parts);
 }
 
-LC_INLINE void count_positive(SignBytes& counter, SignBytes signs) {
+// A counter is a byte per column, or one number for all of them. The number takes an instruction
+// more per group, but is a sum already: better for planes of a few groups.
 #if defined(LC_AVX512)
-  const auto counted = (__m512i)counter;
-  const __mmask64 holds = _mm512_cmpgt_epi8_mask((__m512i)signs, _mm512_setzero_si512());
-  counter = (SignBytes)_mm512_mask_add_epi8(counted, holds, counted, _mm512_set1_epi8(1));
-#else
-  counter -= signs > 0;
-#endif
-}
+inline constexpr int64_t kFewGroups = 4;
 
-LC_INLINE void count_negative(SignBytes& counter, SignBytes signs) {
-#if defined(LC_AVX512)
-  const auto counted = (__m512i)counter;
-  const __mmask64 holds = _mm512_movepi8_mask((__m512i)signs);
-  counter = (SignBytes)_mm512_mask_add_epi8(counted, holds, counted, _mm512_set1_epi8(1));
-#else
-  counter -= signs < 0;
-#endif
+LC_INLINE __mmask64 is_positive(SignBytes signs) {
+  return _mm512_cmpgt_epi8_mask((__m512i)signs, _mm512_setzero_si512());
 }
+LC_INLINE __mmask64 is_negative(SignBytes signs) { return _mm512_movepi8_mask((__m512i)signs); }
+
+LC_INLINE void count(SignBytes& counter, __mmask64 holds) {
+  const auto counted = (__m512i)counter;
+  counter = (SignBytes)_mm512_mask_add_epi8(counted, holds, counted, _mm512_set1_epi8(1));
+}
+LC_INLINE void count(int64_t& counter, __mmask64 holds) { counter += __builtin_popcountll(holds); }
+#else
+inline constexpr int64_t kFewGroups = 0;
+
+LC_INLINE SignBytes is_positive(SignBytes signs) { return signs > 0; }
+LC_INLINE SignBytes is_negative(SignBytes signs) { return signs < 0; }
+
+LC_INLINE void count(SignBytes& counter, SignBytes holds) { counter -= holds; }
+#endif
 
 // Of the 8 bytes of every 64-bit lane.
 LC_INLINE Lanes<double>::Words byte_sums(SignBytes bytes) {
@@ -144,12 +148,12 @@ class NanWatch {
 #endif
 };
 
-// Counters of 64 columns, or of one plane: a byte each, so at most 255 groups. rows[kNan] is not
+// Counters of 64 columns, or of one plane. Bytes count at most 255 groups. rows[kNan] is not
 // used: NaN are taken back later.
-template <typename Rectifier>
+template <typename Rectifier, typename Counter = SignBytes>
 struct SignTally {
   static constexpr int kRows = count_rows(Rectifier::kind);
-  SignBytes rows[kRows] = {};
+  Counter rows[kRows] = {};
 
   // The next 64 floats: x into y, which may be x.
   LC_INLINE void add(const float* x, float* y, NanWatch& watch) {
@@ -159,15 +163,15 @@ struct SignTally {
     for (int i = 0; i < 4; ++i) out[i] = at_least_zero(v[i]);
     if constexpr (Rectifier::kind == Kind::relu6) {
       for (Floats& lanes : out) lanes = at_most_six(lanes);
-      count_positive(rows[kPositive], signs_of(out));
+      count(rows[kPositive], is_positive(signs_of(out)));
       for (int i = 0; i < 4; ++i) v[i] -= out[i];  // what was cut off
     } else {
       for (Floats& lanes : v) lanes += Floats{};  // makes -0.0 to 0.0
     }
     watch.see(v);
     const SignBytes signs = signs_of(v);
-    count_positive(rows[Rectifier::kind == Kind::relu6 ? kExtra : kPositive], signs);
-    count_negative(rows[kNegative], signs);
+    count(rows[Rectifier::kind == Kind::relu6 ? kExtra : kPositive], is_positive(signs));
+    count(rows[kNegative], is_negative(signs));
     if constexpr (kWrites<Rectifier>) {
       for (int i = 0; i < 4; ++i) store(y + i * kLanes<float>, out[i]);
     }
@@ -195,11 +199,19 @@ struct SignTally {
 
   // Adds the sums over all columns to counts [kRows], `stride` apart.
   LC_INLINE void sum_into(int64_t* counts, int64_t stride) const {
+    if constexpr (std::is_same_v<Counter, int64_t>) {
+      for (int row = 0; row < kRows; ++row) counts[row * stride] += rows[row];
+    } else {
+      sum_bytes_into(counts, stride);
+    }
+  }
+
+ private:
+  LC_INLINE void sum_bytes_into(int64_t* counts, int64_t stride) const {
     constexpr int kWidth = 21;  // bits that hold the largest sum: three of them in one word
     auto sums = byte_sums(rows[kPositive]) + (byte_sums(rows[kNegative]) << kWidth);
     if constexpr (kRows > 3) sums += byte_sums(rows[kExtra]) << (2 * kWidth);
-    uint64_t sum = 0;
-    for (int lane = 0; lane < kLanes<double>; ++lane) sum += sums[lane];
+    const auto sum = static_cast<uint64_t>(sum_lanes<double>(bits_as<Lanes<double>::Mask>(sums)));
     constexpr uint64_t kOne = (uint64_t{1} << kWidth) - 1;
     counts[kPositive * stride] += static_cast<int64_t>(sum & kOne);
     counts[kNegative * stride] += static_cast<int64_t>(sum >> kWidth & kOne);
