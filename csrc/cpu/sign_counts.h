@@ -85,10 +85,10 @@ LC_INLINE SignBytes in_column_order(SignBytes bytes) {
   return bits_as<SignBytes>(parts);
 }
 
-// A counter is a byte per column, or one number for all of them. The number takes an instruction
-// more per group, but is a sum already: better for planes of a few groups.
+// A counter is a byte per column, or one number for all of them. The number costs more per group,
+// but is a sum already: better for planes of few groups.
 #if defined(LC_AVX512)
-inline constexpr int64_t kFewGroups = 4;
+inline constexpr int64_t kFewGroups = 1;
 
 LC_INLINE __mmask64 is_positive(SignBytes signs) {
   return _mm512_cmpgt_epi8_mask((__m512i)signs, _mm512_setzero_si512());

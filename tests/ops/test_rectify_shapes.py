@@ -1,4 +1,4 @@
-"""The shapes at which the CPU loops change: short planes, tiles of columns and what is left over."""
+"""Shapes at which the CPU loops change: short planes, tiles of columns and what is left over."""
 
 from __future__ import annotations
 
