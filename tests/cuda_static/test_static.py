@@ -52,20 +52,8 @@ def test_no_warning(report: Report) -> None:
     assert report.warnings == []
 
 
-#: Kernels that put a register or two aside, on the stack: bfloat16
-#: that sm_75 has to emulate, and one on sm_120. The list may only shrink.
-SPILLING = {
-    ("rectify_channels<DeviceLeakyRelu, __nv_bfloat16, 8>", "sm_75"),
-    ("rectify_channels<DeviceRelu6, __nv_bfloat16, 8>", "sm_75"),
-    ("rectify_channels<DeviceHardswish, __half, 8>", "sm_120"),
-    ("rectify_channels<DeviceHardswish, __nv_bfloat16, 8>", "sm_120"),
-}
-
-
 def test_registers_stack_and_spills(report: Report) -> None:
-    spilling = [f for f in report.figures if f.spills or f.stack]
-    assert [f for f in spilling if (f.kernel, f.arch) not in SPILLING] == []
-    assert [f for f in spilling if f.stack > 8] == []
+    assert [f for f in report.figures if f.spills or f.stack] == []
     assert [f for f in report.figures if f.registers > 64] == []
 
 
