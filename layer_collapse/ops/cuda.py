@@ -19,6 +19,7 @@ _OPS = (
     "apply_masks_",
     "magnitude_shares",
     "magnitude_prune_",
+    "magnitude_histogram",
 )
 #: What a CPU-only build answers to a CUDA tensor.
 REFUSAL = "layer_collapse was built without CUDA; rebuild with LAYER_COLLAPSE_CUDA=1"
