@@ -147,11 +147,11 @@ def test_histogram_refuses():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_large(dtype):
+def test_large(dtype, device):
     torch.manual_seed(0)
-    weights = [torch.randn(300001).to(dtype), torch.randn(1000, 70).to(dtype)]
-    masks = [pack(torch.rand(w.shape) > 0.3) for w in weights]
-    for k in (1, 1000, 150000, sum(map(alive_count, masks))):
+    weights = [torch.randn(300001).to(device, dtype), torch.randn(1000, 70).to(device, dtype)]
+    masks = [pack(torch.rand(w.shape) > 0.3).to(device) for w in weights]
+    for k in (1, 1000, 150000, sum(alive_count(words.cpu()) for words in masks)):
         shares = magnitude_shares(weights, masks, k)
         assert torch.equal(shares, magnitude_shares_reference(weights, masks, k))
         twins = [words.clone() for words in masks]
@@ -159,13 +159,16 @@ def test_large(dtype):
         magnitude_prune_(weights, ours, shares.tolist())
         magnitude_prune_reference(weights, twins, shares.tolist())
         assert all(map(torch.equal, ours, twins))
+    prefix = torch.zeros(1, dtype=torch.int64, device=device)
+    histograms = magnitude_histogram(weights, masks, prefix, 0, True)
+    assert torch.equal(histograms, magnitude_histogram_reference(weights, masks, prefix, 0, True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ties_go_by_logical_index_in_any_layout(dtype):
+def test_ties_go_by_logical_index_in_any_layout(dtype, device):
     torch.manual_seed(0)
-    values = torch.randint(-3, 4, (8, 6, 3, 3)).to(dtype)
-    expected = pack(torch.ones(values.shape, dtype=torch.bool))
+    values = torch.randint(-3, 4, (8, 6, 3, 3)).to(device, dtype)
+    expected = pack(torch.ones(values.shape, dtype=torch.bool)).to(device)
     magnitude_prune_reference([values], [expected], [200])
     layouts = [
         values,
@@ -173,7 +176,7 @@ def test_ties_go_by_logical_index_in_any_layout(dtype):
         torch.stack([values, values], -1)[..., 1],
     ]
     for weight in layouts:
-        words = pack(torch.ones(values.shape, dtype=torch.bool))
+        words = pack(torch.ones(values.shape, dtype=torch.bool)).to(device)
         magnitude_prune_([weight], [words], [200])
         assert torch.equal(words, expected)
 
@@ -259,10 +262,10 @@ def test_empty_mask_counts_all_as_alive():
     assert magnitude_shares([torch.arange(40.0), torch.ones(2)], [none, none], 3).tolist() == [2, 1]
 
 
-def test_pruned_nan_is_ignored_and_alive_nan_refused():
-    weights = [torch.ones(40), torch.ones(40)]
+def test_pruned_nan_is_ignored_and_alive_nan_refused(device):
+    weights = [torch.ones(40, device=device), torch.ones(40, device=device)]
     weights[1][7] = math.nan
-    masks = [pack(torch.ones(40, dtype=torch.bool)) for _ in range(2)]
+    masks = [pack(torch.ones(40, dtype=torch.bool)).to(device) for _ in range(2)]
     before = [words.clone() for words in masks]
     with pytest.raises(RuntimeError, match=r"^magnitude_shares: alive .* NaN in weights\[1\]\)"):
         magnitude_shares(weights, masks, 1)
@@ -270,7 +273,7 @@ def test_pruned_nan_is_ignored_and_alive_nan_refused():
         magnitude_prune_(weights, masks, [5, 1])
     assert all(map(torch.equal, masks, before))
     magnitude_prune_(weights, masks, [5, 0])
-    masks[1] = pack(~weights[1].isnan())
+    masks[1] = pack(~weights[1].isnan().cpu()).to(device)
     assert magnitude_shares(weights, masks, 74).tolist() == [35, 39]
 
 
