@@ -145,14 +145,8 @@ void selection() {
 
   Weights own = make_weights(9000);
   const int64_t before = count_alive(own.words.data(), static_cast<int64_t>(own.words.size()));
-  Selection prune{{own.data(false, nullptr)},
-                  false,
-                  false,
-                  cuts[0].data(),
-                  histograms[0].data(),
-                  wanted.data(),
-                  kSize,
-                  nullptr};
+  Selection prune{{own.data(false, nullptr)}, false,         false, cuts[0].data(),
+                  histograms[0].data(),       wanted.data(), kSize, nullptr};
   prune.list[0].data.resize(1);
   expect(begin_selection(prune) == 0, "launch");
   for (int digit = 0; digit < digits(false); ++digit) {
