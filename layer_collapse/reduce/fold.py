@@ -15,8 +15,10 @@ from torch import Tensor, fx, nn
 
 from ..graph import ExampleInputs, carries_data, ordered_inputs, record_shapes, trace
 from . import proof, rules
+from .chains import pays_with_more
 from .holdings import disown, remove_dead, sharing_copy
 from .latency import Stopwatch, in_turns
+from .plan import Plan, Slower
 from .proof import FoldError
 from .report import Fold, FoldReport, Refusal, size_of
 from .rules.constant import cut_off
@@ -209,11 +211,20 @@ def _apply_rules(work: Work, without: Collection[str]) -> tuple[list[Fold], list
                     plan = rule(work, node)
                     if plan is not None:
                         place = plan.name
-                        folds.append(work.attempt(name, plan))
+                        folds.append(_attempted(work, name, plan))
                 except Refused as refused:
                     refusals.append(Refusal(place, name, str(refused)))
         if len(folds) == before:
             return folds, refusals
+
+
+def _attempted(work: Work, rule: str, plan: Plan) -> Fold:
+    try:
+        return work.attempt(rule, plan)
+    except Slower:
+        if not pays_with_more(work, plan, lambda trial: _apply_rules(trial, ())):
+            raise
+        return work.attempt(rule, plan)
 
 
 def _prove_end_to_end(

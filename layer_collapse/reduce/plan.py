@@ -15,6 +15,10 @@ class Refused(Exception):
     """A fold that is not exact, or not safe; the message is the reason."""
 
 
+class Slower(Refused):
+    """A merge of two layers that takes longer than the two."""
+
+
 @dataclass
 class Plan:
     """One fold, before it is proven.

@@ -19,7 +19,7 @@ from ..graph import call_counts, carries_data, shape_of, submodule
 from . import proof
 from .holdings import remove_dead, tensors, tied, writes_into
 from .latency import Stopwatch
-from .plan import Plan, Refused
+from .plan import Plan, Refused, Slower
 from .proof import Call
 from .region import extracted
 from .report import Fold
@@ -61,7 +61,11 @@ class Work:
     ) -> None:
         self.module = module
         self.border = border
-        self._stopwatch = stopwatch
+        self.stopwatch = stopwatch
+        #: Merges to be made though slower by themselves, by the path of their last layer; with the
+        #: times of the whole chain at its end. And the chains that were timed.
+        self.paying: dict[str, tuple[float, float] | None] = {}
+        self.chains: dict[tuple[str, ...], tuple[float, float] | None] = {}
         self._timed: dict[Any, tuple[float, float]] = {}
         with torch.no_grad():
             _Values(module).propagate(*inputs)
@@ -177,9 +181,7 @@ class Work:
             if not max_rel <= limit:
                 raise Refused(f"its relative error of {max_rel:.1e} is above {limit:.0e}")
             accept()
-        times = self._times(plan, stored) if plan.merges and self._stopwatch else None
-        if times and times[1] >= times[0]:
-            raise Refused(f"slower: {times[1]:.3g} ms merged, {times[0]:.3g} ms apart")
+        times = self._times(plan, stored) if plan.merges and self.stopwatch else None
         self._carry_out(plan.with_modules(lambda path, m: self._waiting.take(path, m, dtypes)))
         self.dtypes |= dtypes
         for node, value in after.items():  # a narrower layer changes the shapes behind it
@@ -190,8 +192,14 @@ class Work:
         )
 
     @torch.no_grad()
-    def _times(self, plan: Plan, stored: Plan) -> tuple[float, float]:
-        """Milliseconds of the region apart and merged, each as it would be stored."""
+    def _times(self, plan: Plan, stored: Plan) -> tuple[float, float] | None:
+        """Milliseconds of the region apart and merged, each as it would be stored.
+
+        Raises:
+            Slower: merged takes longer, and is no part of a chain that pays.
+        """
+        if str(plan.target.target) in self.paying:
+            return self.paying[str(plan.target.target)]
 
         def as_stored(path: str, module: nn.Module) -> nn.Module:
             return rounded(path, module, self.dtypes)
@@ -203,10 +211,17 @@ class Work:
         # The same merge comes again in the next round of rules, with the same times.
         key = (plan.name, *((n, p.shape) for n, p in [*tensors(apart).items()]))
         if key not in self._timed:
-            assert self._stopwatch is not None
-            values = [self._random(s).to(s.meta["tensor_meta"].dtype) for s in sources]
-            self._timed[key] = self._stopwatch(lambda: apart(*values), lambda: merged(*values))
-        return self._timed[key]
+            assert self.stopwatch is not None
+            values = [self.sample(s) for s in sources]
+            self._timed[key] = self.stopwatch(lambda: apart(*values), lambda: merged(*values))
+        times = self._timed[key]
+        if times[1] >= times[0]:
+            raise Slower(f"slower: {times[1]:.3g} ms merged, {times[0]:.3g} ms apart")
+        return times
+
+    def sample(self, node: fx.Node) -> Tensor:
+        """A random value of a node's shape and dtype."""
+        return self._random(node).to(node.meta["tensor_meta"].dtype)
 
     def _random(self, node: fx.Node) -> Tensor:
         example = torch.empty(self.shape(node), dtype=torch.float64)

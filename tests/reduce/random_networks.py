@@ -109,7 +109,8 @@ def _chain(b: Builder, hazard: str) -> list[nn.Module]:
         if b.size:
             parts += b.pool()
     if hazard == "shared":
-        shared = b.conv(b.channels, "1", stride="1") if b.size else b.linear(b.channels)
+        same = ("1", "size", "1")  # the second call must be able to read what the first one gives
+        shared = b.conv(b.channels, *same) if b.size else b.linear(b.channels)
         parts += [shared, b.gate(), shared]
     elif hazard == "used twice":
         first = nn.Sequential(*b.unit())

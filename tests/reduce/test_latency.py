@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from layer_collapse.reduce.fold import fold
+from layer_collapse.reduce.gate import AffineGate
 from layer_collapse.reduce.latency import compare, in_turns
 
 from . import models
@@ -137,3 +139,42 @@ def test_macs_of_torchs_own_attention() -> None:
 
     report = fold(Attention(), torch.randn(2, 5, 8)).report
     assert report.before.macs == 10 * 4 * 64 + 2 * 10 * 5 * 8
+
+
+def by_macs(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[float, float]:
+    """A stopwatch that does not tick: multiply-adds in place of milliseconds."""
+    counts = []
+    for call in (first, second):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        counts.append(float(counter.get_total_flops() // 2))
+    return counts[0], counts[1]
+
+
+def bottleneck(inside: int, outside: int, stride: int = 1) -> nn.Module:
+    torch.manual_seed(0)
+    gates = [AffineGate(torch.rand(inside), torch.randn(inside), 1) for _ in range(2)]
+    return nn.Sequential(
+        nn.Conv2d(outside, inside, 1), nn.BatchNorm2d(inside), gates[0],
+        nn.Conv2d(inside, inside, 3, stride, 1, groups=inside), gates[1],
+        nn.Conv2d(inside, outside, 1), nn.ReLU(),
+    ).eval()  # fmt: skip
+
+
+def test_merges_that_pay_only_together() -> None:
+    model, x = bottleneck(48, 8), torch.randn(2, 8, 10, 10)
+    result = fold(model, x, always_fold=False, stopwatch=by_macs)
+    assert result.report.after.depth == 1
+    assert result.report.after.macs < result.report.before.macs
+    merges = [f for f in result.report.folds if f.after_ms is not None]
+    assert len(merges) == 1  # the first is slower alone, and has no times of its own
+    assert merges[0].after_ms < merges[0].before_ms  # type: ignore[operator]
+    torch.testing.assert_close(result.model(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+def test_chains_that_do_not_pay_stay() -> None:
+    model, x = bottleneck(8, 8), torch.randn(2, 8, 10, 10)
+    result = fold(model, x, always_fold=False, stopwatch=by_macs)
+    assert result.report.after.depth == 3
+    assert sum("slower" in r.reason for r in result.report.refusals) == 2
+    assert fold(model, x).report.after.depth == 1
