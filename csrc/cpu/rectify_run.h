@@ -21,8 +21,10 @@ constexpr int64_t kGrainRows = 32;   // rows below which it does not pay for sum
 constexpr int64_t kShortRow = 64;    // elements of a plane below which its columns are counted
 constexpr int64_t kManyRows = 64;    // rows that are worth the sums of their columns
 constexpr int64_t kFewRows = 8;      // rows below which counting columns does not pay
-constexpr int64_t kTiledRow = 512;  // columns that are few tiles: out of place too, all rows of one
-constexpr int64_t kCachedRow = 1 << 13;  // columns whose counters stay in the nearest cache
+// Columns out of place, by how many there are: few make tiles that go down all rows; more are read
+// in whole rows, as the hardware fetches them, by block or, if many, by tile; of the most the
+// counters would not stay in the nearest cache, so tiles go down all rows again.
+constexpr int64_t kTiledRow = 256, kBlockRow = 1 << 10, kCachedRow = 1 << 13;
 constexpr int64_t kWidestRow = 1 << 12;  // short rows are put side by side up to these columns ...
 // ... to fill a tile, or as many as make the end of a row cheap.
 template <typename Rectifier, typename T>
@@ -42,6 +44,13 @@ void merge(const Counter* counts, int64_t stride, int64_t width, bool any_nan, i
   }
 }
 
+// Whether columns are counted in tiles, which order their counters in their own way.
+template <typename Rectifier, typename T>
+bool in_tiles(const Span<T>& span) {
+  if (!kBySign<Rectifier, T> || span.valid) return false;
+  return span.x == span.y || span.width <= kTiledRow || span.width > kBlockRow;
+}
+
 // Counts `rows` <= kByteRows rows into bytes, and what does not count into idle, which is empty if
 // all do. Returns whether there may have been a NaN.
 template <typename Rectifier, typename T>
@@ -50,12 +59,9 @@ bool count_rows_of(const Span<T>& span, int64_t from, int64_t rows, uint8_t* byt
   const T* x = span.x + from * width;
   T* y = span.y + from * width;
   if constexpr (kBySign<Rectifier, T>) {
-    if (!span.valid) {
-      // In place a tile of columns goes down all rows at once; else whole rows in sequence are
-      // faster, as long as their counters stay near.
+    if (in_tiles<Rectifier>(span)) {
       if (x == y) return rectify_tiles<true, Rectifier>(x, y, width, rows, bytes);
-      const bool tiled = width <= kTiledRow || width > kCachedRow;
-      const int64_t step = tiled ? rows : 1;
+      const int64_t step = width <= kTiledRow || width > kCachedRow ? rows : 1;
       bool any_nan = false;
       for (int64_t row = 0; row < rows; row += step) {
         const int64_t at = row * width;
@@ -80,8 +86,8 @@ void run_columns(const Span<T>& span, int64_t rows, const RectifyCall& call, int
   const int64_t width = span.width, blocks = blocks_of(width), stride = blocks * kBlock;
   const int64_t channels = call.channels, inner = call.inner;
   const int64_t grain = std::max(kGrainRows, kGrain / width);
-  const bool by_sign = kBySign<Rectifier, T> && !span.valid;
-  const auto order = by_sign ? order_columns<kBySign<Rectifier, T>, T> : order_columns<false, T>;
+  const bool tiled = in_tiles<Rectifier>(span);
+  const auto order = tiled ? order_columns<kBySign<Rectifier, T>, T> : order_columns<false, T>;
   torch::stable::parallel_for(0, rows, grain, [&](int64_t from, int64_t to) {
     std::vector<uint8_t> bytes(kRows * stride + kBlock), idle(span.valid ? kRows * stride : 0);
     std::vector<int64_t> of_channels(inner > 1 ? kRows * channels : 0);
