@@ -134,7 +134,7 @@ def line(row: Row) -> str:
         f"{row.kept.relative:.2f} | {row.exact.relative:.1e} | {before.depth} → {after.depth} | "
         f"{before.macs / 1e6:.0f} → {after.macs / 1e6:.0f} | "
         f"{before.parameters / 1e6:.2f} → {after.parameters / 1e6:.2f} | "
-        f"{row.latency.ratio:.2f} × |"
+        f"{row.latency.ratio:.2f} |"
     )
 
 
