@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow sanitize bench bench-quick lint format clean cuda-check cuda-build gpu-report
+.PHONY: help demo test test-distributed slow sanitize bench bench-quick lint format clean cuda-check cuda-build gpu-report
 
 help:
 	@echo "make demo    layers leave a small network: about a minute, results in runs/demo"
 	@echo "make test    every test but the slow ones"
+	@echo "make test-distributed  DDP, FSDP2 and tensor parallel on 2 and 4 processes, and the examples"
 	@echo "make slow    the slow ones too: full sizes"
 	@echo "make sanitize  the native code under ASan and UBSan"
 	@echo "make bench   ratios against peers, measured in this run: about 20 minutes; bench-quick: about 4"
@@ -40,6 +41,9 @@ demo: $(VENV)/extension
 
 test: $(VENV)/extension
 	$(BIN)/python -m pytest
+
+test-distributed: $(VENV)/extension
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
 
 slow: $(VENV)/extension
 	$(BIN)/python -m pytest -m "slow or not slow"

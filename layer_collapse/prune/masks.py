@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,17 @@ from torch.nn import Parameter
 from layer_collapse import _C
 from layer_collapse.ops.magnitude import magnitude_prune_, magnitude_shares
 from layer_collapse.ops.masked_step import apply_masks_
+from layer_collapse.prune.equal_masks import check_equal_masks
 from layer_collapse.prune.mask_words import check_parameters, check_words, full_words
+from layer_collapse.prune.shard_select import prune_spread_, spread_shares
+from layer_collapse.ranks import Group
+from layer_collapse.sharding import (
+    count_over_shards,
+    is_sharded,
+    like_shards,
+    local,
+    local_part,
+)
 
 __all__ = ["Masks"]
 
@@ -27,6 +37,10 @@ class Masks:
     Every change of the bits also zeroes the weights; the masked optimisers notice that by the
     weights' version counters and clear the state of the newly pruned before their next step.
 
+    Of a parameter that is spread over processes (a DTensor, as FSDP2 and tensor parallel make them)
+    each process holds the bits of its own part. Numbers and choices are then those of the whole
+    tensor, equal on all processes, and what says so must be called on all of them.
+
     Args:
         named_parameters: name to parameter, e.g. ``dict(model.named_parameters())`` or some of
             them; float32, float64, bfloat16 or float16. All weights start alive.
@@ -40,7 +54,7 @@ class Masks:
         self._parameters = check_parameters("Masks", named_parameters)
         self._names: dict[Tensor, str] = {p: name for name, p in self._parameters.items()}
         self._words = {
-            name: full_words(parameter.numel(), parameter.device)
+            name: full_words(local(parameter).numel(), parameter.device)
             for name, parameter in self._parameters.items()
         }
         self._version = 0
@@ -58,26 +72,28 @@ class Masks:
     @property
     def is_dense(self) -> bool:
         """Whether every weight is alive."""
-        return all(self.alive(name) == p.numel() for name, p in self._parameters.items())
+        return self._alive(self.names) == [p.numel() for p in self._parameters.values()]
 
     def alive(self, name: str) -> int:
         """Number of weights of ``name`` that are alive."""
-        return _C.count_alive(self.words(name).cpu().numpy())
+        return self._alive([name])[0]
 
     def sparsity(self, names: Iterable[str] | None = None) -> float:
         """Pruned share of the weights of ``names`` (default: all), in [0, 1]; 0.0 of no weights."""
         chosen = self.names if names is None else tuple(names)
         total = sum(self._parameter(name).numel() for name in chosen)
-        return 1.0 - sum(map(self.alive, chosen)) / total if total else 0.0
+        return 1.0 - sum(self._alive(chosen)) / total if total else 0.0
 
     def bool_mask(self, name: str) -> Tensor:
-        """A new bool tensor of the parameter's shape on its device, True = alive."""
+        """A new bool tensor of the parameter's shape on its device, spread alike, True = alive."""
         parameter = self._parameter(name)
-        flat = _C.unpack_mask(self.words(name).cpu().numpy(), parameter.numel())
-        return torch.from_numpy(flat).view(parameter.shape).to(parameter.device)
+        return like_shards(self._local_bools(name), parameter)
 
     def words(self, name: str) -> Tensor:
-        """The live ``[ceil(n / 32)]`` int32 words, on the parameter's device; not to be written."""
+        """The live ``[ceil(n / 32)]`` int32 words of the n weights that are here, on their device.
+
+        Not to be written.
+        """
         parameter = self._parameter(name)
         if self._words[name].device != parameter.device:
             self._words[name] = self._words[name].to(parameter.device)
@@ -102,13 +118,17 @@ class Masks:
         weights = [self._parameter(name) for name in chosen]
         if len(set(chosen)) != len(chosen):
             raise ValueError(f"Masks.shares: names must differ (got {', '.join(chosen)})")
-        alive = sum(map(self.alive, chosen))
+        alive = sum(self._alive(chosen))
         if not 0 <= k <= alive:
             raise ValueError(
                 f"Masks.shares: k must lie between 0 and the {alive} alive weights (got {k})"
             )
         if k == 0:
             return dict.fromkeys(chosen, 0)
+        if any(map(is_sharded, weights)):
+            self._refuse_nan("Masks.shares", chosen)
+            counts = spread_shares(weights, [self.words(name) for name in chosen], k)
+            return dict(zip(chosen, counts.tolist(), strict=True))
         try:
             counts = magnitude_shares(weights, [self.words(name) for name in chosen], k)
         except RuntimeError:
@@ -125,9 +145,8 @@ class Masks:
             ValueError: a count that is not between 0 and the alive weights, or an alive NaN. No
                 bit and no weight has changed then.
         """
-        for name, count in counts.items():
-            self._parameter(name)
-            if not 0 <= count <= (alive := self.alive(name)):
+        for (name, count), alive in zip(counts.items(), self._alive(tuple(counts)), strict=True):
+            if not 0 <= count <= alive:
                 raise ValueError(
                     f"Masks.prune_: the count of {name!r} must lie between 0 and its {alive} alive "
                     f"weights (got {count})"
@@ -135,16 +154,22 @@ class Masks:
         names = [name for name, count in counts.items() if count > 0]
         weights = [self._parameters[name] for name in names]
         words = [self.words(name) for name in names]
-        try:
-            magnitude_prune_(weights, words, [counts[name] for name in names])
-        except RuntimeError:
+        if any(map(is_sharded, weights)):
             self._refuse_nan("Masks.prune_", names)
-            raise
+            prune_spread_(weights, words, [counts[name] for name in names])
+        else:
+            try:
+                magnitude_prune_(weights, words, [counts[name] for name in names])
+            except RuntimeError:
+                self._refuse_nan("Masks.prune_", names)
+                raise
         self._changed(names)
 
     @torch.no_grad()
     def prune_where_(self, name: str, pruned: Tensor) -> None:
         """Prunes the weights of ``name`` where ``pruned`` (bool, the parameter's shape) is True.
+
+        ``pruned`` may be spread over processes or whole.
 
         Weights that are pruned already stay so.
 
@@ -158,8 +183,7 @@ class Masks:
                 f"Masks.prune_where_: the mask of {name!r} must be bool of shape "
                 f"{list(parameter.shape)} (got {pruned.dtype} of {list(pruned.shape)})"
             )
-        kept = _C.pack_mask((~pruned).flatten().cpu().numpy())
-        self.words(name).bitwise_and_(torch.from_numpy(kept).to(parameter.device))
+        self.words(name).bitwise_and_(_packed(~local_part(pruned, parameter)))
         self._changed([name])
 
     @torch.no_grad()
@@ -169,19 +193,44 @@ class Masks:
 
     def check_(self) -> None:
         """Raises RuntimeError, with name and number, if a pruned weight is not 0.0."""
-        for name, parameter in self._parameters.items():
-            alive = self.bool_mask(name)
-            if revived := int(((parameter.detach() != 0) & ~alive).sum()):
+        revived = self._count(
+            self.names, lambda name, w: int(((w != 0) & ~self._local_bools(name)).sum())
+        )
+        for name, others in zip(self.names, revived, strict=True):
+            if others:
                 raise RuntimeError(
-                    f"Masks.check_: pruned weights must be 0.0 (got {revived} others in {name!r})"
+                    f"Masks.check_: pruned weights must be 0.0 (got {others} others in {name!r})"
                 )
 
+    def check_ranks(self, group: Group = None) -> None:
+        """Raises RuntimeError on all processes if their masks differ; names process and tensor.
+
+        Processes that hold the same part of a parameter must hold the same bits.
+
+        Args:
+            group: of the processes to compare; None is all of them.
+        """
+        check_equal_masks(self._parameters, self._words, group)
+
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Copies: ``{"words": {name: int32 words on the CPU}, "shapes": {name: sizes}}``."""
+        """Copies: ``{"words": {name: int32 words on the CPU}, "shapes": {name: sizes}}``.
+
+        In the place of the words of a DTensor stands :meth:`bool_mask`, a byte per weight, which
+        torch.distributed.checkpoint can save and load on another number of processes.
+        """
         return {
-            "words": {name: self.words(name).detach().cpu().clone() for name in self.names},
+            "words": {name: self.saved(name) for name in self.names},
             "shapes": {name: list(p.shape) for name, p in self._parameters.items()},
         }
+
+    def saved(self, name: str) -> Tensor:
+        """What stands for the mask of ``name`` in a checkpoint: a copy of its words, on the CPU.
+
+        Of a DTensor it is :meth:`bool_mask`.
+        """
+        if is_sharded(self._parameter(name)):
+            return self.bool_mask(name)
+        return self.words(name).detach().cpu().clone()
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Takes over the bits of ``state_dict()`` and zeroes what is pruned.
@@ -213,16 +262,34 @@ class Masks:
     def load_words(self, words: Mapping[str, Tensor]) -> None:
         """Takes over the bits of some parameters, in place, and zeroes what is pruned.
 
+        Args:
+            words: per name int32 words, or a bool tensor of the parameter's shape (True = alive),
+                spread over processes or whole.
+
         Raises:
             KeyError: an unknown name.
-            ValueError: another size or dtype than int32, or bits beyond the last weight. Nothing
-                has changed then.
+            ValueError: another size or dtype, or bits beyond the last weight. Nothing has changed
+                then.
         """
-        for name, new in words.items():
-            check_words(f"Masks: the words of {name!r}", new, self._parameter(name).numel())
-        for name, new in words.items():
+        packed = {
+            name: self.as_words(f"Masks: the words of {name!r}", name, new)
+            for name, new in words.items()
+        }
+        for name, new in packed.items():
             self.words(name).copy_(new)
         self._changed(list(words))
+
+    def as_words(self, what: str, name: str, mask: Tensor) -> Tensor:
+        """The words of the local part from words or bools; see :meth:`load_words`.
+
+        Raises:
+            ValueError: it is no mask of ``name``; the message begins with ``what``.
+        """
+        parameter = self._parameter(name)
+        if mask.dtype == torch.bool and mask.shape == parameter.shape:
+            return _packed(local_part(mask, parameter))
+        check_words(what, mask, local(parameter).numel())
+        return mask
 
     def clone(self) -> Masks:
         """Masks of the same parameters whose bits are independent of these."""
@@ -232,6 +299,8 @@ class Masks:
 
     def rebind(self, named_parameters: Mapping[str, Parameter]) -> None:
         """Moves the bits to the parameters of another model, e.g. a deep copy, and applies them.
+
+        Also to this model's own after ``fully_shard``: each process then keeps its part of them.
 
         Raises:
             ValueError: names or shapes differ (further names are ignored); nothing has changed.
@@ -249,6 +318,9 @@ class Masks:
                     f"Masks.rebind: {name!r} must have shape {list(self._parameters[name].shape)} "
                     f"(got {list(parameter.shape)})"
                 )
+        for name, parameter in new.items():
+            if is_sharded(parameter) or is_sharded(self._parameters[name]):
+                self._words[name] = _packed(local_part(self.bool_mask(name), parameter))
         self._parameters = new
         self._names = {parameter: name for name, parameter in new.items()}
         self._changed(self.names)
@@ -265,10 +337,25 @@ class Masks:
             raise KeyError(f"Masks: unknown parameter (got {name!r})")
         return self._parameters[name]
 
-    def _refuse_nan(self, method: str, names: Iterable[str]) -> None:
-        """After an op has refused: it knows a NaN's position in a list, people know the name."""
-        for name in names:
-            if bool((self._parameters[name].detach().isnan() & self.bool_mask(name)).any()):
+    def _local_bools(self, name: str) -> Tensor:
+        part = local(self._parameter(name))
+        flat = _C.unpack_mask(self.words(name).cpu().numpy(), part.numel())
+        return torch.from_numpy(flat).view(part.shape).to(part.device)
+
+    def _count(self, names: Sequence[str], count: Callable[[str, Tensor], int]) -> list[int]:
+        """What ``count`` finds in the local part of each parameter, over all its parts."""
+        tensors = [self._parameter(name) for name in names]
+        found = [count(n, local(t).detach()) for n, t in zip(names, tensors, strict=True)]
+        return count_over_shards(tensors, found)
+
+    def _alive(self, names: Sequence[str]) -> list[int]:
+        return self._count(names, lambda name, _: _C.count_alive(self.words(name).cpu().numpy()))
+
+    def _refuse_nan(self, method: str, names: Sequence[str]) -> None:
+        """Ops know a NaN's position in a list, people know the name."""
+        found = self._count(names, lambda n, w: int((w.isnan() & self._local_bools(n)).any()))
+        for name, has_nan in zip(names, found, strict=True):
+            if has_nan:
                 raise ValueError(f"{method}: alive weights must not be NaN (got NaN in {name!r})")
 
     def _changed(self, names: Sequence[str]) -> None:
@@ -279,3 +366,8 @@ class Masks:
         with torch.no_grad():
             weights = [self._parameters[name] for name in names]
             apply_masks_(weights, [self.words(name) for name in names])
+
+
+def _packed(bools: Tensor) -> Tensor:
+    """``[ceil(n / 32)]`` int32 words of n bools, on their device."""
+    return torch.from_numpy(_C.pack_mask(bools.flatten().cpu().numpy())).to(bools.device)
