@@ -29,10 +29,10 @@ def fingerprint(model: nn.Module) -> str:
     on another. Buffers that ``state_dict`` leaves out count too: outputs depend on them. Parameters
     that are spread over processes are gathered one at a time, on all of them.
     """
+    reshard(model)
     digest = hashlib.blake2b(digest_size=16)
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors.update(model.named_buffers(remove_duplicate=False))
-    reshard(model)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = full(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8)

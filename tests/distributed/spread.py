@@ -19,11 +19,11 @@ from layer_collapse.sharding import full
 class Net(nn.Module):
     """A residual net with a module and a functional rectifier, sizes that no 2 or 4 divides."""
 
-    def __init__(self) -> None:
+    def __init__(self, hidden: int = 13) -> None:
         super().__init__()
-        self.stem, self.first = nn.Linear(6, 9), nn.Linear(9, 13)
+        self.stem, self.first = nn.Linear(6, 9), nn.Linear(9, hidden)
         self.act = nn.ReLU()
-        self.second, self.head = nn.Linear(13, 9), nn.Linear(9, 3)
+        self.second, self.head = nn.Linear(hidden, 9), nn.Linear(9, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -31,9 +31,9 @@ class Net(nn.Module):
         return self.head(torch.relu(x))
 
 
-def net(seed: int = 0) -> Net:
-    torch.manual_seed(seed)
-    return Net()
+def net(hidden: int = 13) -> Net:
+    torch.manual_seed(0)
+    return Net(hidden)
 
 
 def data(samples: int = 37) -> tuple[Tensor, Tensor]:
