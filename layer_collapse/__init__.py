@@ -17,7 +17,7 @@ from .measure.scan import fingerprint, scan
 from .measure.tracker import EntropyTracker, track
 from .prune.masks import Masks
 from .prune.optim import MaskedAdamW, MaskedSGD, keep_pruned
-from .prune.rounds import CutError, Guards
+from .prune.rounds import CutError, Guards, candidate_weights, prune_round
 from .prune.strategies import EntropyGuided, GlobalMagnitude, Strategy, UniformMagnitude
 from .reduce.fold import FoldResult, fold
 from .reduce.gate import AffineGate
@@ -45,12 +45,14 @@ __all__ = [
     "Strategy",
     "TraceError",
     "UniformMagnitude",
+    "candidate_weights",
     "collapse",
     "fingerprint",
     "fold",
     "keep_pruned",
     "linearize",
     "load_folded",
+    "prune_round",
     "save_folded",
     "scan",
     "track",

@@ -19,7 +19,7 @@ from ..measure.report import NONFINITE, UNMEASURED, EntropyReport
 from ..measure.sites import Site
 from ..sharding import full, reshard
 from .masks import Masks
-from .strategies import PrunableLayer, Strategy
+from .strategies import EntropyGuided, PrunableLayer, Strategy
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ class Guards:
             raise ValueError(
                 f"expected floor >= 1 and max_emptied >= 0 (got {self.floor}, {self.max_emptied})"
             )
+
+
+_BY_ENTROPY, _GUARDS = EntropyGuided(), Guards()
 
 
 class CutError(RuntimeError):
@@ -183,10 +186,22 @@ def prune_round(
     report: EntropyReport,
     sites: Sequence[Site],
     fraction: float,
-    strategy: Strategy,
-    guards: Guards,
+    strategy: Strategy = _BY_ENTROPY,
+    guards: Guards = _GUARDS,
 ) -> dict[str, int]:
     """Prune once: plan, clear the mask bits, zero the weights, reset dead batch norms.
+
+    With several processes, ``report`` must be that of all of them (``tracker.entropy(group)``): the
+    same weights then go everywhere.
+
+    Args:
+        model: whose layers were tracked.
+        masks: of :func:`candidate_weights`, or of some of them.
+        report: entropies since the last round.
+        sites: ``tracker.sites``.
+        fraction: of the weights alive in the layers with H > 0, above 0 and below 1.
+        strategy: how many weights each layer loses.
+        guards: what must not happen.
 
     Returns:
         Number of weights pruned by parameter name.

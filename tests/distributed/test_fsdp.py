@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import Ranks
-from spread import assert_equal, data, mine, net, whole_masks, whole_weights
+from spread import all_reduces, assert_equal, data, mine, net, refused, whole_masks, whole_weights
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -177,6 +177,33 @@ def test_a_scan_of_a_sharded_model_certifies_the_gathered_one(ranks: Ranks) -> N
 # ---- pruning and training
 
 
+def _costs() -> None:
+    """What docs/large_scale.md says about communication and memory."""
+    model = _shard(net())
+    tracker = track(model)
+    masks = Masks(dict(model.named_parameters()))
+    model(data(4)[0]).sum().backward()
+    tensors, neurons = 8, 13 + 9
+    with all_reduces() as sizes:
+        tracker.entropy(dist.group.WORLD)
+    assert sizes == [2 + 3 * neurons, 1]  # act alone has a feeding layer
+    assert sum(len(ledger) for ledger in tracker.state_dict().values()) == 2 * 6 + 3 * neurons
+    digits = [tensors * 2**bits for bits in (11, 11, 9)]
+    with all_reduces() as sizes:
+        masks.shares(100)
+    assert sizes == [tensors, tensors, *digits, 2 * tensors]
+    with all_reduces() as sizes:
+        masks.prune_(dict.fromkeys(masks.names, 1))
+    assert sizes[:6] == [tensors, tensors, *digits, 2 * tensors]
+    assert len(sizes) <= 12
+    for name, parameter in model.named_parameters():
+        assert masks.words(name).numel() == -(-parameter.to_local().numel() // 32)
+
+
+def test_costs_are_those_of_the_manual(ranks: Ranks) -> None:
+    ranks(2, _costs)
+
+
 def _trains(kind: str, early: bool) -> None:
     x, y = data(40)
     alone, model = net(), net()
@@ -287,3 +314,21 @@ def _tensor_parallel() -> None:
 
 def test_fsdp_over_tensor_parallel(ranks: Ranks) -> None:
     ranks(4, _tensor_parallel)
+
+
+def _split_activations() -> None:
+    model = net(hidden=12)
+    plan = {"first": ColwiseParallel(), "second": RowwiseParallel()}
+    parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    x, _ = data(4)
+    with track(model) as tracker:
+        assert [site.neurons for site in tracker.sites] == [12, 9]
+        with refused("rectifier 'act': expected 12 neurons in dim -1 of its input (got shape (4,"):
+            model(x)
+    with track(model, ignore=["act"]) as tracker:  # what is not split can be counted
+        model(x)
+        assert tracker.entropy()[":relu"].positions == 4
+
+
+def test_split_activations_are_refused_by_name(ranks: Ranks) -> None:
+    ranks(2, _split_activations)

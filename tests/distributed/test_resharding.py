@@ -158,7 +158,9 @@ def _refuses_other_masks() -> None:
     _, masks, _ = _job("sgd")
     before = whole_masks(masks)
     for wrong in (torch.ones(13, 8, dtype=torch.bool), torch.ones(13, 9)):
-        with pytest.raises(ValueError, match="the words of 'first.weight' must be int32 of shape"):
+        with pytest.raises(
+            ValueError, match=r"the words of 'first\.weight' must be int32 of shape"
+        ):
             masks.load_words({"head.weight": masks.bool_mask("head.weight"), "first.weight": wrong})
     assert_equal(whole_masks(masks), before)
     dist.barrier()
