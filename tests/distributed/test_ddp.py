@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import Ranks
+from pool import Ranks
 from spread import (
     all_reduces,
     assert_equal,

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import Ranks
+from pool import Ranks
 from spread import all_reduces, assert_equal, data, mine, net, refused, whole_masks, whole_weights
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh

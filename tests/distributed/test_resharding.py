@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from conftest import Ranks
+from pool import Ranks
 from spread import assert_equal, data, mine, net, whole_masks, whole_weights
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (

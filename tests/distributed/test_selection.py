@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import Ranks
+from pool import Ranks
 from spread import assert_equal, refused, whole_masks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
