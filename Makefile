@@ -7,13 +7,15 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-distributed slow sanitize bench bench-quick lint format clean cuda-check cuda-build gpu-report
+.PHONY: help demo test test-distributed slow sanitize bench bench-quick lint format clean structure architectures cuda-check cuda-build gpu-report
 
 help:
 	@echo "make demo    layers leave a small network: about a minute, results in runs/demo"
 	@echo "make test    every test but the slow ones"
 	@echo "make test-distributed  DDP, FSDP2 and tensor parallel on 2 and 4 processes, and the examples"
 	@echo "make slow    the slow ones too: full sizes"
+	@echo "make structure  public models folded, with torchvision, timm, transformers and onnxruntime (6 GB)"
+	@echo "make architectures  the same at full size, as a table (docs/architectures.md)"
 	@echo "make sanitize  the native code under ASan and UBSan"
 	@echo "make bench   ratios against peers, measured in this run: about 20 minutes; bench-quick: about 4"
 	@echo "make lint    ruff, mypy and clang-format; make format repairs what can be repaired"
@@ -84,23 +86,36 @@ cuda-check: $(VENV)/extension
 	$(BIN)/python tests/cuda_check.py
 
 # A torch with CUDA, and the package built for it. Tests run outside of the tree's own extension.
-CUDA_BIN := .venv-cuda/bin
-.venv-cuda/packages: requirements/cuda-build.txt
-	$(PYTHON) -m venv .venv-cuda
+CUDA_VENV := .venv-cuda
+CUDA_BIN := $(CUDA_VENV)/bin
+$(CUDA_VENV)/packages: requirements/cuda-build.txt
+	$(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_BIN)/pip install --quiet --disable-pip-version-check -r requirements/cuda-build.txt
 	@touch $@
 
-.venv-cuda/extension: .venv-cuda/packages $(SOURCES)
+$(CUDA_VENV)/extension: $(CUDA_VENV)/packages $(SOURCES)
 	LAYER_COLLAPSE_CUDA=1 MAX_JOBS=2 $(CUDA_BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps .
 	@touch $@
 
-cuda-build: .venv-cuda/extension
+cuda-build: $(CUDA_VENV)/extension
 	$(CUDA_BIN)/python -P -m pytest -q tests/ops -p no:cacheprovider
 	$(CUDA_BIN)/layer-collapse doctor
 
-gpu-report: .venv-cuda/extension
+# torchvision needs the torch of .venv-cuda, which works without a GPU too. The extension is the
+# tree's own: a binary of the stable ABI serves every later torch of the same Python.
+$(CUDA_VENV)/structure: $(CUDA_VENV)/packages requirements/structure.txt
+	$(CUDA_BIN)/pip install --quiet --disable-pip-version-check -r requirements/structure.txt
+	@touch $@
+
+structure: $(VENV)/extension $(CUDA_VENV)/structure
+	HF_HUB_OFFLINE=1 $(CUDA_BIN)/python -m pytest tests/structure
+
+architectures: $(VENV)/extension $(CUDA_VENV)/structure
+	HF_HUB_OFFLINE=1 $(CUDA_BIN)/python -m tests.structure.table
+
+gpu-report: $(CUDA_VENV)/extension
 	$(CUDA_BIN)/python -P benchmarks/gpu_report.py
 
 clean:
-	rm -rf $(VENV) .venv-cuda build dist *.egg-info layer_collapse/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(CUDA_VENV) build dist *.egg-info layer_collapse/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -39,6 +39,7 @@ SOURCES = [
     "csrc/module.cpp",
     "csrc/library.cpp",
     "csrc/eager.cpp",
+    "csrc/eager_step.cpp",
     "csrc/cpu/rectify.cpp",
     "csrc/cpu/rectify_dense.cpp",
     *(f"csrc/cpu/machines/{machine}.cpp" for machine in ("avx512", "avx2", "baseline")),
@@ -46,6 +47,7 @@ SOURCES = [
     "csrc/cpu/bn_rectify_backward.cpp",
     "csrc/cpu/layer_entropies.cpp",
     "csrc/cpu/masked_step.cpp",
+    "csrc/cpu/masked_loops.cpp",
     "csrc/cpu/magnitude_select.cpp",
 ]
 

@@ -9,4 +9,7 @@ namespace layer_collapse {
 // as torch.relu does on a small tensor.
 void define_eager(pybind11::module_& m);
 
+// Adds masked_sgd_memory and masked_adamw_memory.
+void define_eager_steps(pybind11::module_& m);
+
 }  // namespace layer_collapse

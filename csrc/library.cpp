@@ -47,6 +47,12 @@ STABLE_TORCH_LIBRARY(layer_collapse, m) {
 
   // How many of the k smallest alive |w|, by (|w|, tensor, index), lie in each tensor: [n] int64.
   m.def("magnitude_shares(Tensor[] weights, Tensor[] masks, int k) -> Tensor");
+  // Per tensor, alive |w| by the digit that follows `prefix` ([1] int64, the digits before it): [n,
+  // 2049] int64, 2048 buckets and how many of the counted are NaN. |w| are unsigned integers of 31
+  // bits (`wide`: 63), their digits 11 bits each, the last one fewer.
+  m.def(
+      "magnitude_histogram(Tensor[] weights, Tensor[] masks, Tensor prefix, int digit, bool wide) "
+      "-> Tensor");
   // Clears the mask bits of the counts[i] smallest alive |w| of tensor i, by (|w|, index).
   m.def("magnitude_prune_(Tensor[] weights, Tensor(a!)[] masks, int[] counts) -> ()");
 }

@@ -109,6 +109,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() =
       "Host-side core of layer_collapse; importing it also registers torch.ops.layer_collapse";
   define_eager(m);
+  define_eager_steps(m);
   m.def("build_info", &build_info,
         "Compiler, C++ standard, instruction set in use, torch ABI target");
   m.def("entropy_budget", &budget, py::arg("entropy"), py::arg("importance"), py::arg("caps"),

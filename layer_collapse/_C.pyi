@@ -20,6 +20,28 @@ def rectify_memory(
     channels_last: bool,
     /,
 ) -> bool: ...
+def masked_sgd_memory(
+    tensors: bytes,
+    grads: list[int],
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    /,
+) -> None: ...
+def masked_adamw_memory(
+    tensors: bytes,
+    grads: list[int],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    /,
+) -> None: ...
 def entropy_budget(
     entropy: Sequence[float], importance: Sequence[float], caps: Sequence[int], total: int
 ) -> list[int]: ...

@@ -19,15 +19,19 @@ from .prune.masks import Masks
 from .prune.optim import MaskedAdamW, MaskedSGD, keep_pruned
 from .prune.rounds import CutError, Guards, candidate_weights, prune_round
 from .prune.strategies import EntropyGuided, GlobalMagnitude, Strategy, UniformMagnitude
+from .reduce.blocks import BlockRemoval, remove_blocks
 from .reduce.fold import FoldResult, fold
 from .reduce.gate import AffineGate
 from .reduce.linearize import Linearized, linearize
+from .reduce.optimizer_state import TransferredState, transfer_optimizer_state
+from .reduce.refresh import refresh_batch_norm
 from .reduce.saving import load_folded, save_folded
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AffineGate",
+    "BlockRemoval",
     "CollapseResult",
     "CutError",
     "EntropyGuided",
@@ -44,6 +48,7 @@ __all__ = [
     "RectifierEntropy",
     "Strategy",
     "TraceError",
+    "TransferredState",
     "UniformMagnitude",
     "candidate_weights",
     "collapse",
@@ -53,7 +58,10 @@ __all__ = [
     "linearize",
     "load_folded",
     "prune_round",
+    "refresh_batch_norm",
+    "remove_blocks",
     "save_folded",
     "scan",
     "track",
+    "transfer_optimizer_state",
 ]

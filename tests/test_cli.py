@@ -266,7 +266,8 @@ def test_measure_and_fold_a_finished_run(finished, fashion, tmp_path, capsys) ->
     assert {r["name"]: r["entropy"] for r in measured["rectifiers"]} == {
         layer["name"]: layer["entropy_last"] for layer in content["layers"]
     }
-    code, out, err = call(capsys, "fold", *argv, "--out", tmp_path / "folded.safetensors")
+    argv = (*argv, "--always-fold", "--out", tmp_path / "folded.safetensors")
+    code, out, err = call(capsys, "fold", *argv)
     gone = [layer["name"] for layer in content["layers"] if layer["action"] != "kept"]
     assert code == (0 if gone else 1)
     assert strict(out)["linearized"]["exact"] == gone

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import layer_collapse
 from layer_collapse.graph import (
     TraceError,
     call_counts,
@@ -220,3 +222,139 @@ def test_hidden_rectifiers_are_named(hiding: nn.Module) -> None:
     with pytest.raises(TraceError, match=r"rectifier inside '1\.0[^']*' \(\w+\) cannot be instr"):
         trace(model)
     trace(nn.Sequential(nn.Linear(4, 4), nn.RNN(4, 4)))  # tanh hides nothing
+
+
+class Switch(nn.Module):
+    """Control flow that depends on data, around a rectifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x) if float(x.sum()) > 0 else x
+
+
+def test_what_nothing_can_follow_is_named_and_the_rest_is_traced() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Switch(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    x = torch.randn(3, 4)
+    with pytest.warns(UserWarning, match=r"forward of '1' \(Switch\).*\('1\.act'\) are not seen"):
+        traced = trace(model, x)
+    assert list(traced.meta["hidden"]) == ["1"]
+    assert [node.target for node in rectifier_nodes(traced)] == ["3"]
+    for sample in (x, -x):
+        assert torch.equal(traced(sample), model(sample))
+    with pytest.raises(TraceError, match="cannot trace Sequential"):
+        trace(model)  # without inputs torch.export cannot be asked
+
+
+def by_size(self: Net, x: Tensor) -> Tensor:
+    hidden = self.a(x)
+    if hidden.shape[1] > 4:
+        hidden = F.relu(hidden)
+    return self.b(hidden)
+
+
+def test_torch_export_follows_what_torch_fx_does_not() -> None:
+    model = with_forward(by_size)
+    x = torch.randn(3, 4)
+    with pytest.raises(TraceError, match="control flow"):
+        trace(model, x, by="fx")
+    traced = trace(model, x)
+    assert traced.meta["traced_by"] == "export"
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["a", "b"]
+    assert len(rectifier_nodes(traced)) == 1
+    assert all(getattr(traced, name) is getattr(model, name) for name in ("a", "b"))
+    for batch in (x, torch.randn(7, 4)):
+        assert torch.equal(traced(batch), model(batch))
+
+
+def test_modules_are_single_calls_in_exported_graphs_too() -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU6(inplace=True), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Dropout(0.5), nn.Linear(72, 4), nn.LayerNorm(4), nn.GELU("tanh")),
+    )
+    x = torch.randn(2, 3, 8, 8)
+    graphs = [trace(model, x, by=by) for by in ("fx", "export")]
+    targets = [[n.target for n in g.graph.nodes if n.op == "call_module"] for g in graphs]
+    assert targets[0] == targets[1]
+    graphs[1].train()
+    assert graphs[1](x).shape == (2, 4)
+    graphs[1].eval()
+    assert torch.equal(graphs[1](x), model.eval()(x))
+
+
+def test_constants_of_exported_graphs_are_no_part_of_the_state_dict() -> None:
+    def masked(self: Net, x: Tensor) -> Tensor:
+        mask = x.new_zeros(4, 4)
+        mask[1:, :2] = 1.0
+        return self.a(x @ mask if x.shape[1] == 4 else x)
+
+    model = with_forward(masked)
+    x = torch.randn(3, 4)
+    traced = trace(model, x)
+    assert traced.meta["traced_by"] == "export"
+    assert torch.equal(traced(x), model(x))
+    assert set(traced.state_dict()) == {"a.weight", "a.bias"}
+
+
+class ActNorm(nn.BatchNorm2d):
+    """A batch norm with its activation inside, by functions."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.ndim == 4, "images")
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        mean, var = self.running_mean, self.running_var
+        norm = F.batch_norm(
+            x, mean, var, self.weight, self.bias, self.training, self.momentum or 0.0, self.eps
+        )
+        return self.act(norm)
+
+
+@pytest.mark.parametrize("by", ["fx", "export"])
+def test_a_functional_layer_becomes_a_module_at_its_path(by: Literal["fx", "export"]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), ActNorm(4), nn.Conv2d(4, 2, 1))
+    x = torch.randn(2, 3, 6, 6)
+    traced = trace(model, x, by=by)
+    assert type(traced.get_submodule("1")) is nn.BatchNorm2d
+    assert set(traced.state_dict()) == set(model.state_dict())
+    assert traced.get_submodule("1").weight is model[1].weight
+    assert [n.target for n in rectifier_nodes(traced)] == ["1.act"]
+    assert all(module.training for module in traced.modules())
+    model.eval()
+    assert torch.equal(traced.eval()(x), model(x))
+    folded = layer_collapse.fold(model, x)
+    assert [f.rule for f in folded.report.folds] == ["batch norm"]
+    assert folded.report.traced_by == "fx"
+    repr(folded.model)
+
+
+class Depth(nn.Module):
+    """Stochastic depth: nothing in evaluation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.new_empty(x.shape[0], 1).bernoulli_(0.5) if self.training else x
+
+
+def test_what_acts_in_training_only_is_called_as_a_whole() -> None:
+    class Block(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.depth = Depth()
+
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return x + self.depth(self.b(self.act(self.a(x))))
+
+    model = Block()
+    x = torch.randn(8, 4)
+    traced = trace(model, x)
+    assert call_counts(traced)["depth"] == 1
+    assert not torch.equal(traced(x), traced(x))
+    traced.eval()
+    assert torch.equal(traced(x), model.eval()(x))
+    assert call_counts(layer_collapse.fold(model, x).model)["depth"] == 0

@@ -5,10 +5,6 @@
 // of 128 otherwise. A comparison yields integers of the element's width, -1 where it holds.
 #pragma once
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -40,7 +36,7 @@ struct Lanes {
 };
 
 template <typename To, typename From>
-LC_INLINE To bits_as(From from) {
+LC_INLINE To bits_as(const From& from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   std::memcpy(&to, &from, sizeof(to));
@@ -129,8 +125,6 @@ LC_INLINE typename Lanes<T>::Mask is_within_three(typename Lanes<T>::Values v) {
   }
 }
 
-using Floats = Lanes<float>::Values;
-
 // The sum of all lanes, modulo 2^32 for 32-bit ones.
 template <typename T>
 LC_INLINE int64_t sum_lanes(typename Lanes<T>::Mask lanes) {
@@ -150,60 +144,6 @@ LC_INLINE int64_t sum_lanes(typename Lanes<T>::Mask lanes) {
     for (int lane = 0; lane < kLanes<T>; ++lane) sum += lanes[lane];
     return sum;
   }
-}
-
-// 1 in lanes with a set bit, else 0. GCC makes more than one instruction of (bits != 0) & 1.
-LC_INLINE Lanes<float>::Mask at_most_one(Lanes<float>::Mask bits) {
-#if defined(LC_AVX512)
-  // maskz: the plain intrinsic makes GCC 12 warn of a variable of its own
-  return (Lanes<float>::Mask)_mm512_maskz_min_epu32(0xFFFF, (__m512i)bits, _mm512_set1_epi32(1));
-#elif defined(LC_AVX2)
-  __m256i halves[2];
-  std::memcpy(halves, &bits, sizeof(halves));
-  for (__m256i& half : halves) half = _mm256_min_epu32(half, _mm256_set1_epi32(1));
-  std::memcpy(&bits, halves, sizeof(halves));
-  return bits;
-#else
-  return (bits != 0) & 1;
-#endif
-}
-
-// min(v, 6) of lanes without NaN.
-LC_INLINE Floats at_most_six(Floats v) {
-#if defined(LC_AVX512)
-  return (Floats)_mm512_maskz_min_ps(0xFFFF, (__m512)v, _mm512_set1_ps(6));
-#elif defined(LC_AVX2)
-  __m256 halves[2];
-  std::memcpy(halves, &v, sizeof(halves));
-  for (__m256& half : halves) half = _mm256_min_ps(half, _mm256_set1_ps(6));
-  std::memcpy(&v, halves, sizeof(halves));
-  return v;
-#else
-  return v > 6 ? Floats{} + 6 : v;
-#endif
-}
-
-// Whether one of 64 floats is NaN, in the fewest instructions of a machine.
-LC_INLINE bool has_nan(const Floats (&v)[4]) {
-#if defined(LC_AVX512)
-  const auto first = _mm512_cmp_ps_mask((__m512)v[0], (__m512)v[1], _CMP_UNORD_Q);
-  const auto second = _mm512_cmp_ps_mask((__m512)v[2], (__m512)v[3], _CMP_UNORD_Q);
-  return !_kortestz_mask16_u8(first, second);
-#elif defined(LC_AVX2)
-  __m256 halves[8];
-  std::memcpy(halves, v, sizeof(halves));
-  __m256 nan = _mm256_setzero_ps();
-  for (int i = 0; i < 8; i += 2) {
-    nan = _mm256_or_ps(nan, _mm256_cmp_ps(halves[i], halves[i + 1], _CMP_UNORD_Q));
-  }
-  return _mm256_movemask_ps(nan) != 0;
-#else
-  typedef int64_t Pairs __attribute__((vector_size(64)));
-  const auto nan = (v[0] != v[0]) | (v[1] != v[1]) | (v[2] != v[2]) | (v[3] != v[3]);
-  int64_t any = 0;
-  for (int i = 0; i < 8; ++i) any |= bits_as<Pairs>(nan)[i];
-  return any != 0;
-#endif
 }
 
 }  // namespace LC_MACHINE

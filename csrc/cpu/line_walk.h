@@ -4,7 +4,8 @@
 // A step does a few operations per number, so it waits for memory most of the time, and the
 // hardware's prefetchers follow neither the gaps of a sparse mask nor four tensors at once well.
 // So the lines to work on are found kAhead lines early from the mask alone, 64 at a time, without
-// a branch per line, as those would be random.
+// a branch per line, as those would be random. Such a span is as long as a page of memory, and on a
+// sparse mask finding the pages takes longer than reading from them: see kSpansAhead.
 #pragma once
 
 #include <algorithm>
@@ -28,8 +29,14 @@ inline constexpr uint32_t kAhead = 64;
 
 inline constexpr int64_t kMaskAhead = 1024;  // words
 
+// Of a sparse span the line that lies this many spans further on is asked for too, needed or not.
+// Lines a page apart are what a stride prefetcher follows, and it looks up the pages to come while
+// the loop works: twice as fast at 99 % sparsity. Asking for lines at random places does not do it,
+// however early.
+inline constexpr int64_t kSpansAhead = 8;
+
 // With so many lines of a span to work on, reading it whole is faster than leaving some out.
-inline constexpr int kCrowded = 20;
+inline constexpr int kCrowded = 24;
 
 // Bit l: line l of words[count] holds a weight that is not idle; count words are at most a span.
 template <typename Weight, uint32_t kIdle>
@@ -87,6 +94,7 @@ LC_INLINE void walk_lines(Rule rule, const uint32_t* words, int64_t first, int64
     const int64_t lines =
         (std::min((begin + count) * kWordBits, numel) - begin * kWordBits + kLine - 1) / kLine;
     busy &= ~uint64_t{0} >> (kSpanLines - lines);
+    if (busy != 0 && ~busy != 0) rule.prefetch((begin + kSpansAhead * kSpan) * kWordBits);
     for (; busy != 0; busy &= busy - 1) {
       const int64_t line = begin * kParts + std::countr_zero(busy);
       rule.prefetch(line * kLine);

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/magnitude_cut.h"
+#include "magnitude_arguments.h"
 
 namespace layer_collapse {
 namespace {
@@ -53,6 +54,51 @@ Tensor magnitude_shares(std::vector<Tensor> weights, std::vector<Tensor> masks, 
     ties -= taken;
   }
   return shares;
+}
+
+// The keys of a digit by bucket, and those of them that are NaN.
+template <typename Key>
+struct DigitCounts : Histogram<Key> {
+  using Histogram<Key>::Histogram;
+  int64_t nans = 0;
+
+  void take(int64_t tensor, Key key) {
+    Histogram<Key>::take(tensor, key);
+    nans += key > kInfinity<Key>;
+  }
+  void merge(const DigitCounts& other) {
+    Histogram<Key>::merge(other);
+    nans += other.nans;
+  }
+};
+
+template <typename Key>
+void count_digits(const Views& views, Key prefix, int64_t digit, int64_t* rows) {
+  constexpr int kBits = 8 * sizeof(Key) - 1;
+  const int above = kBits - static_cast<int>(digit) * kDigitBits;  // bits from this digit on
+  const KeyRange<Key> range{prefix << above, Key{1} << above};
+  for (const Weights& view : views) {
+    DigitCounts<Key> counts(range);
+    count_range<Key>({view}, range, counts);
+    *std::copy(counts.counts.begin(), counts.counts.end(), rows) = counts.nans;
+    rows += kHistogramWords;
+  }
+}
+
+Tensor magnitude_histogram(std::vector<Tensor> weights, std::vector<Tensor> masks, Tensor prefix,
+                           int64_t digit, bool wide) {
+  check_histogram_arguments(weights, prefix, digit, wide);
+  const Views views = view_weights("magnitude_histogram", weights, masks);
+  Tensor histograms = torch::stable::new_empty(
+      weights[0], {static_cast<int64_t>(weights.size()), kHistogramWords}, ScalarType::Long);
+  auto* rows = histograms.mutable_data_ptr<int64_t>();
+  const int64_t chosen = *prefix.const_data_ptr<int64_t>();
+  if (wide) {
+    count_digits<uint64_t>(views, static_cast<uint64_t>(chosen), digit, rows);
+  } else {
+    count_digits<uint32_t>(views, static_cast<uint32_t>(chosen), digit, rows);
+  }
+  return histograms;
 }
 
 // Clears the bits of the cut in one tensor's mask.
@@ -115,6 +161,7 @@ void magnitude_prune_(std::vector<Tensor> weights, std::vector<Tensor> masks,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(layer_collapse, CPU, m) {
+  m.impl("magnitude_histogram", TORCH_BOX(&magnitude_histogram));
   m.impl("magnitude_shares", TORCH_BOX(&magnitude_shares));
   m.impl("magnitude_prune_", TORCH_BOX(&magnitude_prune_));
 }

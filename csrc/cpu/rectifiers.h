@@ -7,10 +7,13 @@
 namespace layer_collapse {
 namespace LC_MACHINE {
 
+// The counters of a channel, in the order of a ledger.
+inline constexpr int kPositive = 0, kNegative = 1, kNan = 2, kExtra = 3;
+
 // apply        what torch computes, on lanes of float or double
 // apply_bits   if kOnBits: the same on the bits of halves, which are otherwise computed in float
 //              and rounded once
-// apply_ordered  if kOnSign: the same on lanes without NaN; sign is -1 where v < 0, else 0
+// kOnSign      floats go through sign_counts.h, which knows what to do
 struct Relu {
   static constexpr Kind kind = Kind::relu;
   static constexpr bool kOnBits = true, kOnSign = true, kSloped = false;
@@ -22,10 +25,6 @@ struct Relu {
   template <typename T, typename V>
   static LC_INLINE V apply_bits(V v) {
     return is_negative<T>(v) ? V{} : v;
-  }
-  template <typename V, typename Mask>
-  static LC_INLINE V apply_ordered(V v, Mask sign) {
-    return bits_as<V>(bits_as<Mask>(v) & ~sign);
   }
 };
 struct Relu6 {
@@ -40,10 +39,6 @@ struct Relu6 {
   static LC_INLINE V apply_bits(V v) {
     const V rectified = is_negative<T>(v) ? V{} : v;
     return is_above_six<T>(v) ? V{} + static_cast<int16_t>(HalfBits<T>::kSix) : rectified;
-  }
-  template <typename V, typename Mask>
-  static LC_INLINE V apply_ordered(V v, Mask sign) {
-    return Relu::apply_ordered(at_most_six(v), sign);
   }
 };
 struct LeakyRelu {

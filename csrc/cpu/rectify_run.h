@@ -16,43 +16,66 @@
 namespace layer_collapse {
 namespace LC_MACHINE {
 
-constexpr int64_t kGrain = 1 << 15;      // elements below which a second thread does not pay
-constexpr int64_t kShortRow = 64;        // elements of a plane below which its columns are counted
-constexpr int64_t kManyRows = 64;        // rows that are worth the sums of their columns
-constexpr int64_t kFewRows = 8;          // rows below which counting columns does not pay
-constexpr int64_t kWideRow = 1 << 10;    // columns to which short rows are put side by side ...
-constexpr int64_t kWidestRow = 1 << 12;  // ... and the most of them, to fill whole blocks
+constexpr int64_t kGrain = 1 << 15;  // elements below which a second thread does not pay
+constexpr int64_t kGrainRows = 32;   // rows below which it does not pay for sums of its own
+constexpr int64_t kShortRow = 64;    // elements of a plane below which its columns are counted
+constexpr int64_t kManyRows = 64;    // rows that are worth the sums of their columns
+constexpr int64_t kFewRows = 8;      // rows below which counting columns does not pay
+// Columns out of place, by how many there are: few make tiles that go down all rows; more are read
+// in whole rows, as the hardware fetches them, by block or, if many, by tile; of the most the
+// counters would not stay in the nearest cache, so tiles go down all rows again.
+constexpr int64_t kTiledRow = 256, kBlockRow = 1 << 10, kCachedRow = 1 << 13;
+constexpr int64_t kWidestRow = 1 << 12;  // short rows are put side by side up to these columns ...
+// ... to fill a tile, or as many as make the end of a row cheap.
+template <typename Rectifier, typename T>
+constexpr int64_t kSideBySide = kBySign<Rectifier, T> ? 4 * kBlock : 1 << 10;
 
-// Adds one counter of columns [width], less another's if given, to that of the channels, sums [C].
-// Column w belongs to channel w / inner % C.
-template <typename Counter>
-void add_columns(const Counter* counts, const Counter* less, int64_t width, int64_t channels,
-                 int64_t inner, int64_t* sums) {
-  for (int64_t first = 0; first < width; first += channels * inner) {
-    if (inner == 1 && less) {
-      for (int64_t c = 0; c < channels; ++c) sums[c] += counts[first + c] - less[first + c];
-    } else if (inner == 1) {
+// Adds counts [kRows][stride], of channels over and over for `width`, to sums [kRows][C], those of
+// a ledger.
+template <typename Rectifier, typename Counter>
+void merge(const Counter* counts, int64_t stride, int64_t width, bool any_nan, int64_t channels,
+           int64_t* sums) {
+  const std::lock_guard<std::mutex> lock(ledger_mutex());
+  for (int row = 0; row < count_rows(Rectifier::kind); ++row, counts += stride, sums += channels) {
+    if (row == kNan && !any_nan) continue;
+    for (int64_t first = 0; first < width; first += channels) {
       for (int64_t c = 0; c < channels; ++c) sums[c] += counts[first + c];
-    } else {
-      for (int64_t c = 0; c < channels; ++c) {
-        for (int64_t w = first + c * inner; w < first + (c + 1) * inner; ++w) {
-          sums[c] += less ? counts[w] - less[w] : counts[w];
-        }
-      }
     }
   }
 }
 
-// Adds counts [kRows][stride] of columns to sums, those of a ledger, [kRows][C].
-template <typename Rectifier, typename Counter>
-void merge(const Counter* counts, int64_t stride, int64_t width, bool any_nan, int64_t channels,
-           int64_t inner, int64_t* sums) {
-  const std::lock_guard<std::mutex> lock(ledger_mutex());
-  for (int row = 0; row < count_rows(Rectifier::kind); ++row) {
-    if (row == kNan && !any_nan) continue;
-    const Counter* less = row == kNonzero ? counts + kNegative * stride : nullptr;  // positive
-    add_columns(counts + row * stride, less, width, channels, inner, sums + row * channels);
+// Whether columns are counted in tiles, which order their counters in their own way.
+template <typename Rectifier, typename T>
+bool in_tiles(const Span<T>& span) {
+  if (!kBySign<Rectifier, T> || span.valid) return false;
+  return span.x == span.y || span.width <= kTiledRow || span.width > kBlockRow;
+}
+
+// Counts `rows` <= kByteRows rows into bytes, and what does not count into idle, which is empty if
+// all do. Returns whether there may have been a NaN.
+template <typename Rectifier, typename T>
+bool count_rows_of(const Span<T>& span, int64_t from, int64_t rows, uint8_t* bytes, uint8_t* idle) {
+  const int64_t width = span.width;
+  const T* x = span.x + from * width;
+  T* y = span.y + from * width;
+  if constexpr (kBySign<Rectifier, T>) {
+    if (in_tiles<Rectifier>(span)) {
+      if (x == y) return rectify_tiles<true, Rectifier>(x, y, width, rows, bytes);
+      const int64_t step = width <= kTiledRow || width > kCachedRow ? rows : 1;
+      bool any_nan = false;
+      for (int64_t row = 0; row < rows; row += step) {
+        const int64_t at = row * width;
+        any_nan |= rectify_tiles<false, Rectifier>(x + at, y + at, width, step, bytes);
+      }
+      return any_nan;
+    }
   }
+  for (int64_t row = 0; row < rows; ++row) {
+    const bool counted = !span.valid || span.valid[from + row];
+    rectify_columns<Rectifier>(x + row * width, y + row * width, width, span.slopes,
+                               counted ? bytes : idle);
+  }
+  return true;
 }
 
 // sums: the counts of the ledger, or null when nothing is counted.
@@ -61,28 +84,43 @@ void run_columns(const Span<T>& span, int64_t rows, const RectifyCall& call, int
   constexpr int kRows = count_rows(Rectifier::kind);
   constexpr int64_t kBatch = 1 << 30;  // rows that 32 bits can count
   const int64_t width = span.width, blocks = blocks_of(width), stride = blocks * kBlock;
-  const int64_t grain = std::max<int64_t>(1, kGrain / width);
+  const int64_t channels = call.channels, inner = call.inner;
+  const int64_t grain = std::max(kGrainRows, kGrain / width);
+  const bool tiled = in_tiles<Rectifier>(span);
+  const auto order = tiled ? order_columns<kBySign<Rectifier, T>, T> : order_columns<false, T>;
   torch::stable::parallel_for(0, rows, grain, [&](int64_t from, int64_t to) {
-    std::vector<uint8_t> bytes(kRows * stride), idle(span.valid ? kRows * stride : 0);
-    const std::unique_ptr<int32_t[]> counts(new int32_t[kRows * stride]);  // filled when drained
+    std::vector<uint8_t> bytes(kRows * stride + kBlock), idle(span.valid ? kRows * stride : 0);
+    std::vector<int64_t> of_channels(inner > 1 ? kRows * channels : 0);
+    const std::unique_ptr<int32_t[]> of_columns(new int32_t[inner > 1 ? 0 : kRows * stride]);
     bool any_nan = false, first = true;
     int64_t since = 0;  // the last merge
     for (int64_t row = from; row < to;) {
-      const int64_t stop = std::min(to, row + kByteRows);
-      since += stop - row;
-      for (; row < stop; ++row) {
-        const bool counted = !span.valid || span.valid[row];
-        any_nan |= rectify_columns<Rectifier>(span.x + row * width, span.y + row * width, width,
-                                              span.slopes, counted ? bytes.data() : idle.data());
-      }
+      const int64_t batch = std::min(kByteRows, to - row);
+      any_nan |= count_rows_of<Rectifier>(span, row, batch, bytes.data(), idle.data());
+      row += batch;
+      since += batch;
       if (!sums) continue;
       for (int i = 0; i < kRows; ++i) {
-        drain_columns<T>(bytes.data() + i * stride, blocks, counts.get() + i * stride, first);
+        if (i == kNan && !any_nan && first && row == to) continue;
+        uint8_t* counted = bytes.data() + i * stride;
+        order(counted, blocks);
+        if (inner > 1) {
+          add_planes(counted, width, inner, channels, of_channels.data() + i * channels);
+        } else {
+          add_columns(counted, width, of_columns.get() + i * stride, first);
+        }
       }
-      first = since >= kBatch || row == to;
+      if (row < to) std::fill(bytes.begin(), bytes.end(), uint8_t{0});
+      first = inner == 1 && since >= kBatch;
       if (!first) continue;
-      merge<Rectifier>(counts.get(), stride, width, any_nan, call.channels, call.inner, sums);
+      merge<Rectifier>(of_columns.get(), stride, width, any_nan, channels, sums);
       since = 0;
+    }
+    if (!sums) return;
+    if (inner > 1) {
+      merge<Rectifier>(of_channels.data(), channels, channels, any_nan, channels, sums);
+    } else if (since > 0) {
+      merge<Rectifier>(of_columns.get(), stride, width, any_nan, channels, sums);
     }
   });
 }
@@ -96,7 +134,7 @@ void run_planes(const Span<T>& span, int64_t rows, int64_t* sums) {
     std::vector<int64_t> counts(kRows * span.channels);
     rectify_planes<Rectifier>(span, from, to, counts.data());
     if (sums) {
-      merge<Rectifier>(counts.data(), span.channels, span.channels, true, span.channels, 1, sums);
+      merge<Rectifier>(counts.data(), span.channels, span.channels, true, span.channels, sums);
     }
   });
 }
@@ -110,7 +148,8 @@ void run(const RectifyCall& call, int64_t* sums) {
   int64_t side_by_side = 1;  // short rows, as one
   if (columns && !call.valid) {
     const int64_t whole = kBlock / std::gcd(width, kBlock);  // the fewest that fill blocks
-    const int64_t wanted = whole * std::max<int64_t>(1, kWideRow / (whole * width));
+    const int64_t wanted =
+        whole * std::max<int64_t>(1, kSideBySide<Rectifier, T> / (whole * width));
     // Every column costs at the end, so few rows stay as they are, unless they are very short.
     const int64_t most = std::max(whole, rows / kManyRows);
     if (whole * width <= kWidestRow && whole <= rows)

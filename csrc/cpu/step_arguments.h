@@ -4,8 +4,7 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/masked_rules.h"
-#include "cpu/masked_tensors.h"
+#include "cpu/masked_step.h"
 
 namespace layer_collapse {
 
@@ -29,28 +28,6 @@ inline bool same_layout(const Tensor& left, const Tensor& right) {
   return true;
 }
 
-inline std::vector<MaskedTensor> view_params(const char* op, const Tensors& params,
-                                             const Tensors& masks) {
-  check_length(op, "masks", masks.size(), params.size());
-  std::vector<MaskedTensor> views;
-  views.reserve(params.size());
-  for (size_t i = 0; i < params.size(); ++i) {
-    views.push_back(view_in_memory_order(op, "params", i, params[i], masks[i]));
-  }
-  return views;
-}
-
-inline void check_state(const char* op, const char* list, const Tensors& state,
-                        const Tensors& params) {
-  check_length(op, list, state.size(), params.size());
-  for (size_t i = 0; i < params.size(); ++i) {
-    check(state[i].scalar_type() == params[i].scalar_type() && same_layout(state[i], params[i]), op,
-          ": ", list, "[", i, "] must have the shape, strides and dtype of its parameter (got ",
-          ShapeOf{state[i]}, " ", torch::headeronly::toString(state[i].scalar_type()), " for ",
-          ShapeOf{params[i]}, " ", torch::headeronly::toString(params[i].scalar_type()), ")");
-  }
-}
-
 // Gradients in the memory order of their parameters; autograd may deliver another one.
 inline Tensors lay_out_grads(const char* op, const Tensors& grads, const Tensors& params) {
   check_length(op, "grads", grads.size(), params.size());
@@ -72,6 +49,37 @@ inline Tensors lay_out_grads(const char* op, const Tensors& grads, const Tensors
   return result;
 }
 
+// Weights, gradients and masks of a step, without state. `slopes` keeps the gradients alive.
+inline std::vector<StepTensor> view_step(const char* op, const Tensors& params,
+                                         const Tensors& grads, const Tensors& masks,
+                                         Tensors& slopes) {
+  check_length(op, "masks", masks.size(), params.size());
+  std::vector<StepTensor> tensors;
+  tensors.reserve(params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    tensors.push_back({view_in_memory_order(op, "params", i, params[i], masks[i]),
+                       params[i].mutable_data_ptr(),
+                       nullptr,
+                       {},
+                       0});
+  }
+  slopes = lay_out_grads(op, grads, params);
+  for (size_t i = 0; i < params.size(); ++i) tensors[i].grad = slopes[i].const_data_ptr();
+  return tensors;
+}
+
+inline void add_state(const char* op, const char* list, const Tensors& state, const Tensors& params,
+                      int place, std::vector<StepTensor>& tensors) {
+  check_length(op, list, state.size(), params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    check(state[i].scalar_type() == params[i].scalar_type() && same_layout(state[i], params[i]), op,
+          ": ", list, "[", i, "] must have the shape, strides and dtype of its parameter (got ",
+          ShapeOf{state[i]}, " ", torch::headeronly::toString(state[i].scalar_type()), " for ",
+          ShapeOf{params[i]}, " ", torch::headeronly::toString(params[i].scalar_type()), ")");
+    tensors[i].state[place] = state[i].mutable_data_ptr();
+  }
+}
+
 // The one number in a float32 or float64 tensor.
 inline double read_scalar(const char* op, const char* name, const Tensor& value) {
   check(value.numel() == 1, op, ": ", name, " must hold one number (got ", value.numel(), ")");
@@ -84,12 +92,6 @@ inline double read_scalar(const char* op, const char* name, const Tensor& value)
 inline std::optional<double> read_grad_scale(const char* op, const std::optional<Tensor>& value) {
   if (!value) return std::nullopt;
   return read_scalar(op, "grad_scale", *value);
-}
-
-template <typename Real>
-Gradient<Real> make_gradient(std::optional<double> grad_scale, bool maximize) {
-  return {static_cast<Real>(maximize ? -1 : 1), static_cast<Real>(grad_scale.value_or(1)),
-          grad_scale.has_value()};
 }
 
 }  // namespace layer_collapse

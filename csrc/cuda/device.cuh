@@ -41,12 +41,15 @@ inline int fetch(void* host, const void* device, size_t bytes, void* stream) {
 #include "cuda_on_cpu.h"
 #endif
 
-// Whether pairs of bfloat16 can be compared (cuda/numeric.cuh); tests set it either way.
-#if !defined(LC_COMPARES_BFLOAT16)
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-#define LC_COMPARES_BFLOAT16 0
+// What the hardware does with pairs of bfloat16 (cuda/numeric.cuh): 0 nothing, 1 minima and maxima,
+// 2 comparisons too. Tests set it either way.
+#if !defined(LC_BFLOAT16)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define LC_BFLOAT16 0
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define LC_BFLOAT16 1
 #else
-#define LC_COMPARES_BFLOAT16 1
+#define LC_BFLOAT16 2
 #endif
 #endif
 

@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "cuda/mask_arguments.h"
+#include "magnitude_arguments.h"
 
 namespace layer_collapse {
 namespace {
@@ -24,11 +25,12 @@ struct Selecting {
   }
 };
 
-Selecting select(const char* op, const Tensors& weights, const Tensors& masks,
-                 const std::vector<int64_t>& wanted, bool one_group, void* stream) {
+Selecting selecting(const char* op, const Tensors& weights, const Tensors& masks, bool one_group,
+                    void* stream) {
   check_length(op, "masks", masks.size(), weights.size());
   Selecting s;
   s.selection.one_group = one_group;
+  s.selection.wide = needs_wide_keys(weights);
   s.selection.threads = kOpThreads;
   s.selection.stream = stream;
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -40,17 +42,40 @@ Selecting select(const char* op, const Tensors& weights, const Tensors& masks,
                                 mask_words_of(op, i, masks[i], weights[i]),
                                 {data}});
   }
-  using torch::stable::new_empty, torch::stable::new_zeros;
-  const int64_t groups = s.selection.groups();
-  s.selection.cuts = s.own(new_empty(weights[0], {groups * cut_words() + 1}, ScalarType::Long));
-  s.selection.histograms = s.own(new_zeros(weights[0], {groups, 2048}, ScalarType::Long));
+  const int64_t cells = s.selection.groups() * cut_words() + 1;
+  s.selection.cuts = s.own(torch::stable::new_empty(weights[0], {cells}, ScalarType::Long));
+  return s;
+}
+
+Tensor new_histograms(const Tensor& like, int64_t groups) {
+  return torch::stable::new_zeros(like, {groups, kHistogramWords}, ScalarType::Long);
+}
+
+Selecting select(const char* op, const Tensors& weights, const Tensors& masks,
+                 const std::vector<int64_t>& wanted, bool one_group, void* stream) {
+  Selecting s = selecting(op, weights, masks, one_group, stream);
+  s.selection.histograms = s.own(new_histograms(weights[0], s.selection.groups()));
   s.selection.wanted = s.own(to_device(wanted, weights[0]));
   check_launch(op, begin_selection(s.selection));
-  for (int digit = 0; digit < digits(s.selection); ++digit) {
+  for (int digit = 0; digit < digits(s.selection.wide); ++digit) {
     check_launch(op, launch_histogram(s.selection, digit));
     check_launch(op, launch_choose(s.selection, digit));
   }
   return s;
+}
+
+Tensor magnitude_histogram(Tensors weights, Tensors masks, Tensor prefix, int64_t digit,
+                           bool wide) {
+  constexpr const char* kOp = "magnitude_histogram";
+  check_histogram_arguments(weights, prefix, digit, wide);
+  const OnDevice device(weights[0]);
+  Selecting s = selecting(kOp, weights, masks, false, device.stream());
+  s.selection.wide = wide;
+  Tensor histograms = new_histograms(weights[0], s.selection.groups());
+  s.selection.histograms = histograms.mutable_data_ptr<int64_t>();
+  check_launch(kOp, begin_at(s.selection, prefix.const_data_ptr<int64_t>()));
+  check_launch(kOp, launch_histogram(s.selection, static_cast<int>(digit)));
+  return histograms;
 }
 
 Tensor magnitude_shares(Tensors weights, Tensors masks, int64_t k) {
@@ -103,6 +128,7 @@ void magnitude_prune_(Tensors weights, Tensors masks, std::vector<int64_t> count
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(LC_CUDA_LIBRARY, LC_CUDA_KEY, m) {
+  m.impl("magnitude_histogram", TORCH_BOX(&magnitude_histogram));
   m.impl("magnitude_shares", TORCH_BOX(&magnitude_shares));
   m.impl("magnitude_prune_", TORCH_BOX(&magnitude_prune_));
 }

@@ -16,21 +16,23 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   if (group == 0) *failures = 0;
 }
 
+// The same for a caller who chooses the digits.
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    begin_at_kernel(Cut* cuts, const int64_t* prefix, int64_t groups) {
+  const int64_t group = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (group < groups) cuts[group] = {static_cast<uint64_t>(*prefix), 0, 1, 0, INT64_MAX, 0};
+}
+
 Cut* cuts_of(const Selection& selection) { return reinterpret_cast<Cut*>(selection.cuts); }
 int64_t* failures_of(const Selection& selection) {
   return selection.cuts + selection.groups() * cut_words();
-}
-
-bool is_wide(const Selection& selection) {
-  return std::any_of(selection.list.begin(), selection.list.end(),
-                     [](const MaskedData& tensor) { return tensor.dtype == Dtype::float64; });
 }
 
 // start(table with groups, indices, blocks, type) over the list, by dtype and key.
 template <typename Start>
 int for_each_kind(const Selection& selection, const Start& start) {
   const auto over = [&]<typename T, typename Key>(Dtype dtype, bool wide) {
-    if (wide != is_wide(selection)) return 0;
+    if (wide != selection.wide) return 0;
     return for_each_table<kSelectData>(
         selection.list, [dtype](const MaskedData& tensor) { return tensor.dtype == dtype; },
         [&](SelectTable table, const std::vector<size_t>& indices, int64_t blocks) {
@@ -51,7 +53,7 @@ int for_each_kind(const Selection& selection, const Start& start) {
 }
 
 Digit digit_of(const Selection& selection, int digit) {
-  const int bits = is_wide(selection) ? 63 : 31;
+  const int bits = selection.wide ? 63 : 31;
   const int high = bits - digit * kDigitBits;
   return {high, std::max(high - kDigitBits, 0), digit == 0};
 }
@@ -66,7 +68,7 @@ TensorNames names_of(const std::vector<size_t>& indices) {
 }  // namespace
 
 int64_t cut_words() { return sizeof(Cut) / sizeof(int64_t); }
-int digits(const Selection& selection) { return is_wide(selection) ? 6 : 3; }
+int digits(bool wide) { return wide ? 6 : 3; }
 int64_t segments(const MaskedData& data) {
   return (mask_words(data.numel) + kSegmentWords - 1) / kSegmentWords;
 }
@@ -75,6 +77,11 @@ int begin_selection(const Selection& s) {
   const int64_t blocks = (s.groups() + s.threads - 1) / s.threads;
   return launch(begin_kernel, blocks, s.threads, s.stream, cuts_of(s), s.wanted, s.groups(),
                 failures_of(s));
+}
+
+int begin_at(const Selection& s, const int64_t* prefix) {
+  const int64_t blocks = (s.groups() + s.threads - 1) / s.threads;
+  return launch(begin_at_kernel, blocks, s.threads, s.stream, cuts_of(s), prefix, s.groups());
 }
 
 int launch_histogram(const Selection& s, int digit) {

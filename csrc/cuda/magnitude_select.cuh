@@ -4,10 +4,10 @@
 // As on the CPU (cpu/radix_select.h): the bits of |w| order numbers like unsigned integers, so the
 // histogram of the top 11 bits tells the bucket that holds the k-th smallest, a histogram of that
 // bucket's next 11 bits narrows it down, and so on. On a GPU that is, per digit,
-//   histogram_kernel  counts a block's weights in shared memory, then adds to hist[group][2048]
+//   histogram_kernel  counts a block's weights in shared memory, then adds to hist[group]
 //   choose_kernel     finds the bucket of every group and clears the histogram
-// with nothing fetched in between: the cut stays in device memory. Between the two the histograms
-// are plain int64 sums: summed over ranks, every rank makes the cut of all ranks' weights.
+// with nothing fetched in between: the cut stays in device memory. The op magnitude_histogram gives
+// the histograms themselves, to be summed over ranks before a digit is chosen from them.
 // A group is what one k belongs to: all tensors for magnitude_shares, one for magnitude_prune_.
 #pragma once
 
@@ -18,6 +18,8 @@ namespace layer_collapse {
 
 inline constexpr int kDigitBits = 11;
 inline constexpr int kBuckets = 1 << kDigitBits;
+// Words of a group's histogram: the buckets, then how many of the counted keys are NaN.
+inline constexpr int kHistogram = kBuckets + 1;
 
 // A group's cut: every key < prefix, and the first `left` weights whose key is prefix, once all
 // digits are chosen.
@@ -90,8 +92,8 @@ __device__ __forceinline__ void visit_alive(const T* data, const uint32_t* words
   });
 }
 
-// Adds the digits of the weights that are still in question to hist[group][kBuckets]. names: of the
-// table's tensors, for cuts[group].nan_tensor.
+// Adds the digits of the weights that are still in question to hist[group][kHistogram]. names: of
+// the table's tensors, for cuts[group].nan_tensor.
 template <typename T, typename Key>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     histogram_kernel(const __grid_constant__ SelectTable table,
@@ -109,21 +111,22 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const int64_t end = begin + table.chunk < words ? begin + table.chunk : words;
   const auto prefix = static_cast<Key>(cut.prefix);
   const Key mask = (Key{1} << (digit.high - digit.low)) - 1;
-  bool nan = false;
+  int32_t nans = 0;
   visit_alive<Key>(static_cast<const T*>(table.data[tensor][0]), table.words[tensor],
                    table.numel[tensor], begin, end, [&](Key key, int64_t) {
-                     nan |= key > infinity<Key>();
                      if (key >> digit.high == prefix) {
+                       nans += key > infinity<Key>();
                        atomicAdd(&buckets[static_cast<int>(key >> digit.low & mask)], 1);
                      }
                    });
-  if (digit.first && nan) {
+  if (digit.first && nans != 0) {
     atomicMin(reinterpret_cast<long long*>(&cut.nan_tensor),
               static_cast<long long>(names.number[tensor]));
   }
   __syncthreads();
-  int64_t* sums = hist + table.group[tensor] * kBuckets;
+  int64_t* sums = hist + table.group[tensor] * kHistogram;
   for (int i = threadIdx.x; i < kBuckets; i += blockDim.x) add_to(sums + i, buckets[i]);
+  add_to(sums + kBuckets, nans);
 }
 
 // One block per group: chooses the next digit of its cut from hist[group] and clears that.
@@ -132,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   using Counts = int64_t[kThreads];
   LC_SHARED(Counts, counts);  // of each thread's buckets, then of all before them
   Cut& cut = cuts[blockIdx.x];
-  int64_t* mine = hist + blockIdx.x * static_cast<int64_t>(kBuckets);
+  int64_t* mine = hist + blockIdx.x * static_cast<int64_t>(kHistogram);
   const int share = kBuckets / blockDim.x;
   int64_t count = 0;
   for (int i = 0; i < share; ++i) count += mine[threadIdx.x * share + i];
@@ -168,6 +171,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     before += here;
     mine[bucket] = 0;
   }
+  if (threadIdx.x == 0) mine[kBuckets] = 0;
 }
 
 // Words that one warp takes in the kernels below.

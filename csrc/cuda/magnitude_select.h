@@ -1,8 +1,8 @@
 // Starts magnitude selection on a GPU. No torch in here: raw pointers, sizes, a stream.
 //
 // Selection is begin, then histogram + choose per digit, then count + shares, or count + clear. All
-// of it runs on the device; nothing is fetched but by fetch_cuts. To select over several ranks, sum
-// `histograms` over them between histogram and choose.
+// of it runs on the device; nothing is fetched but by fetch_cuts. Or a caller chooses the digits:
+// begin_at, then one histogram.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,9 @@ struct FetchedCut {
 struct Selection {
   std::vector<MaskedData> list;
   bool one_group;       // one k for all tensors, or one per tensor
+  bool wide;            // keys of 64 bits, which float64 needs
   int64_t* cuts;        // [groups][cut_words()], then one word
-  int64_t* histograms;  // [groups][2048], zero before the first digit and after every choose
+  int64_t* histograms;  // [groups][2049], zero before the first digit and after every choose
   int64_t* wanted;      // [groups] how many to select
   int threads;          // of a block, a multiple of 32 up to 256
   void* stream = nullptr;
@@ -31,11 +32,13 @@ struct Selection {
 };
 
 int64_t cut_words();
-int digits(const Selection& selection);    // passes over the weights: 3, with a float64 tensor 6
+int digits(bool wide);                     // passes over the weights: 3, with wide keys 6
 int64_t segments(const MaskedData& data);  // words of `ties` that a tensor takes
 
 // All return a cudaError_t, 0 for success.
 int begin_selection(const Selection& selection);
+// Every group at the same prefix [1], the digits chosen so far; `wanted` is not read.
+int begin_at(const Selection& selection, const int64_t* prefix);
 int launch_histogram(const Selection& selection, int digit);
 int launch_choose(const Selection& selection, int digit);
 

@@ -16,7 +16,7 @@ inline uint32_t* mask_words_of(const char* op, size_t i, const Tensor& mask, con
   const int64_t numel = tensor.numel();
   check(mask.dim() == 1 && mask.is_contiguous() && mask.numel() == mask_words(numel), op,
         ": masks[", i, "] must be contiguous of shape [", mask_words(numel), "] for ", numel,
-        " weights (got shape ", describe_shape(mask), ")");
+        " weights (got shape ", ShapeOf{mask}, ")");
   return static_cast<uint32_t*>(mask.data_ptr());
 }
 

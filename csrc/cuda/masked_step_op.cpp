@@ -39,7 +39,7 @@ Listed list_of(const char* op, const char* name, const Tensors& tensors, const T
     const bool dense = tensor.is_contiguous() ||
                        memory_walk(to_vector(tensor.sizes()), to_vector(tensor.strides()), walk);
     check(dense, op, ": ", name, "[", i, "] must be dense, without gaps or overlaps (got shape ",
-          describe_shape(tensor), " in a strided view)");
+          ShapeOf{tensor}, " in a strided view)");
     if (words && !tensor.is_contiguous() && tensor.numel() > 0) {
       check(merge(walk.sizes, walk.strides), op, ": ", name, "[", i,
             "] must have at most 8 dims in an order of their own (got ", walk.sizes.size(), ")");

@@ -38,21 +38,43 @@ struct Numeric<BFloat16> {
 
 template <typename Pack>
 inline constexpr bool kOnes =
-    std::is_same_v<Pack, float> || (!LC_COMPARES_BFLOAT16 && std::is_same_v<Pack, __nv_bfloat162>);
+    std::is_same_v<Pack, float> || (LC_BFLOAT16 < 2 && std::is_same_v<Pack, __nv_bfloat162>);
+
+// f of the values of two pairs, each exact as a float, whose upper half it is; f must give one of
+// its arguments, or ones or zeros in all of its bits.
+template <typename Function>
+__device__ __forceinline__ __nv_bfloat162 by_floats(__nv_bfloat162 a, __nv_bfloat162 b,
+                                                    const Function& f) {
+  const uint32_t x = bits_as<uint32_t>(a), y = bits_as<uint32_t>(b);
+  const float low = f(bits_as<float>(x << 16), bits_as<float>(y << 16));
+  const float high = f(bits_as<float>(x & 0xffff0000U), bits_as<float>(y & 0xffff0000U));
+  return bits_as<__nv_bfloat162>(bits_as<uint32_t>(low) >> 16 |
+                                 (bits_as<uint32_t>(high) & 0xffff0000U));
+}
 
 // Minimum, maximum and magnitude of packs; of NaN and a number the number; -0.0 lies below 0.0.
 __device__ __forceinline__ float least(float a, float b) { return fminf(a, b); }
 __device__ __forceinline__ float largest(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ float magnitude(float v) { return fabsf(v); }
 __device__ __forceinline__ double magnitude(double v) { return fabs(v); }
-__device__ __forceinline__ __half2 magnitude(__half2 v) { return __habs2(v); }
+template <typename Pair>
+__device__ __forceinline__ Pair magnitude(Pair v) {
+  return bits_as<Pair>(bits_as<uint32_t>(v) & 0x7fff7fffU);
+}
 __device__ __forceinline__ __nv_bfloat162 least(__nv_bfloat162 a, __nv_bfloat162 b) {
+#if LC_BFLOAT16 == 0
+  return by_floats(a, b, [](float x, float y) { return fminf(x, y); });
+#else
   return __hmin2(a, b);
+#endif
 }
 __device__ __forceinline__ __nv_bfloat162 largest(__nv_bfloat162 a, __nv_bfloat162 b) {
+#if LC_BFLOAT16 == 0
+  return by_floats(a, b, [](float x, float y) { return fmaxf(x, y); });
+#else
   return __hmax2(a, b);
+#endif
 }
-__device__ __forceinline__ __nv_bfloat162 magnitude(__nv_bfloat162 v) { return __habs2(v); }
 
 // A value in every place of a pack.
 template <typename Pack>
@@ -71,6 +93,9 @@ template <typename Pack>
 __device__ __forceinline__ uint32_t greater(Pack left, Pack right) {
   if constexpr (sizeof(Pack) == sizeof(double)) {
     return left > right ? ~0U : 0U;
+  } else if constexpr (LC_BFLOAT16 == 0 && std::is_same_v<Pack, __nv_bfloat162>) {
+    const auto larger = [](float x, float y) { return bits_as<float>(x > y ? ~0U : 0U); };
+    return bits_as<uint32_t>(by_floats(left, right, larger));
   } else {
     return __hgt2_mask(left, right);
   }
@@ -92,15 +117,28 @@ __device__ __forceinline__ uint32_t ones_of(Pack v) {
   return bits_as<uint32_t>(least(v, bits_as<Pack>(smallest)));
 }
 
-// v > 0 ? v : 0, but NaN stays NaN. -0.0 becomes 0.0, as the hardware's maximum has it.
+// The larger of v and 0.0, or NaN. -0.0 becomes 0.0, as ones_of needs it.
+__device__ __forceinline__ float positive_or_nan(float v) { return fabsf(v < 0.0F ? 0.0F : v); }
+__device__ __forceinline__ __nv_bfloat162 positive_or_nan(__nv_bfloat162 v) {
+#if LC_BFLOAT16 == 0
+  return by_floats(v, v, [](float x, float) { return x <= 0.0F ? 0.0F : x; });
+#else
+  return __hmax2_nan(v, __nv_bfloat162{});
+#endif
+}
+
+// v < 0 ? 0 : v, which keeps NaN and -0.0, as torch.relu does on the CPU and, since
+// pytorch/pytorch#185354, on CUDA.
 template <typename Pack>
 __device__ __forceinline__ Pack rectified(Pack v) {
   if constexpr (std::is_same_v<Pack, float> || std::is_same_v<Pack, double>) {
-    return v <= Pack(0) ? Pack(0) : v;
+    return v < Pack(0) ? Pack(0) : v;
   } else if constexpr (kOnes<Pack>) {
-    return __hmax2_nan(v, Pack{});
+    // The hardware's maximum makes 0.0 of -0.0: its sign is put back where v is 0.
+    const uint32_t cleared = ones_of(magnitude(v)) * 0x8000U + 0x7fff7fffU;
+    return bits_as<Pack>(bits_as<uint32_t>(positive_or_nan(v)) | (bits_as<uint32_t>(v) & ~cleared));
   } else {
-    return bits_as<Pack>(bits_as<uint32_t>(v) & (greater(v, Pack{}) | is_nan(v)));
+    return bits_as<Pack>(bits_as<uint32_t>(v) & ~greater(Pack{}, v));
   }
 }
 
@@ -122,7 +160,7 @@ struct Marks {
 template <typename Pack>
 __device__ __forceinline__ Marks marks_of(Pack v) {
   if constexpr (kOnes<Pack>) {  // of v > 0; v > 0 or NaN; v != 0 or NaN
-    return {ones_of(largest(v, Pack{})), ones_of(rectified(v)), ones_of(magnitude(v))};
+    return {ones_of(largest(v, Pack{})), ones_of(positive_or_nan(v)), ones_of(magnitude(v))};
   } else {
     return {greater(v, Pack{}), greater(Pack{}, v), is_nan(v)};
   }

@@ -49,7 +49,9 @@ int run_channels(RectifyArguments<T> arguments, int threads, void* stream) {
   const int64_t visits = std::clamp<int64_t>(
       ceil_div(arguments.outer, at_once) * tiles / kChannelBlocks, kMinRows, kRowsPerThread);
   arguments.slices = static_cast<unsigned>(ceil_div(arguments.outer, at_once * visits));
-  arguments.share = ceil_div(arguments.outer, arguments.slices);
+  arguments.share = static_cast<int>(ceil_div(arguments.outer, arguments.slices));
+  arguments.step = static_cast<int>(at_once);
+  arguments.stride = at_once * arguments.channels;
   return launch(rectify_channels<Rectifier, T, kValues>, arguments.slices * tiles, threads, stream,
                 arguments);
 }
@@ -81,6 +83,8 @@ int run_kind(const RectifyLaunch& call, void* stream) {
                                       call.channels,
                                       call.inner,
                                       call.kind,
+                                      0,
+                                      0,
                                       0,
                                       0,
                                       0,

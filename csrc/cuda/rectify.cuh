@@ -97,17 +97,17 @@ struct RectifyArguments {
   unsigned slices;   // blocks per channel, or per tile of channels
   int64_t segment;   // planes: elements of a row that one visit takes
   int64_t segments;  // planes: visits per row
-  int64_t share;     // channels: rows per block
+  int share;         // channels: rows per block
+  int step;          // channels: rows that a block walks at once
+  int64_t stride;    // channels: elements between those
 };
 
 // Vectors of one thread that are loaded before the first is needed, as registers allow.
 template <typename Rectifier, typename T>
 constexpr int batch() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-  if (std::is_same_v<T, BFloat16>) return 1;  // computed value by value there
-#endif
+  if (LC_BFLOAT16 == 0 && std::is_same_v<T, BFloat16>) return 1;  // computed value by value
   if (count_rows(Rectifier::kind) > 3) return sizeof(T) == 2 ? 1 : 2;
-  return sizeof(T) == 4 ? 4 : 2;
+  return kOnes<typename Numeric<T>::Pack> ? 4 : 2;
 }
 
 template <typename Rectifier, typename T>
@@ -219,10 +219,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const unsigned tile = blockIdx.x / a.slices, slice = blockIdx.x % a.slices;
   const int lane = threadIdx.x % a.lanes;
   const int64_t column = static_cast<int64_t>(tile) * a.lanes + lane;
-  const int step = blockDim.x / a.lanes;  // rows that a block walks at once
-  const int64_t begin = slice * a.share;
-  const int64_t last = begin + a.share < a.outer ? begin + a.share : a.outer;
-  int64_t row = begin + threadIdx.x / a.lanes;
+  const int64_t begin = static_cast<int64_t>(slice) * a.share;
+  const int last = static_cast<int>(begin + a.share < a.outer ? a.share : a.outer - begin);
+  int row = threadIdx.x / a.lanes;    // from `begin` on
   if (column >= columns) row = last;  // a lane beyond the edge has nothing to do but to wait
 
   Real own[kValues];  // slopes
@@ -242,12 +241,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     }
   };
 
-  const T* source = a.x + row * a.channels + column * kValues;
-  T* target = a.y + row * a.channels + column * kValues;
-  const int64_t stride = step * a.channels;
+  const int64_t place = (begin + row) * a.channels + column * kValues;
+  const T* source = a.x + place;
+  T* target = a.y + place;
+  // From the argument it takes no register, which kernels with many counters lack; elsewhere the
+  // product takes fewer instructions.
+  const int64_t stride = kAhead == 1 ? a.stride : a.step * a.channels;
   if (!a.valid) {
     LC_NO_UNROLL
-    for (; row + (kAhead - 1) * step < last; row += kAhead * step) {
+    for (; row + (kAhead - 1) * a.step < last; row += kAhead * a.step) {
       Values batch[kAhead];
       LC_UNROLL
       for (int b = 0; b < kAhead; ++b) batch[b] = Values::load(source + b * stride);
@@ -261,8 +263,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     }
   }
   LC_NO_UNROLL
-  for (; row < last; row += step) {
-    const uint32_t keep = a.valid ? a.valid[row] : 1;
+  for (; row < last; row += a.step) {
+    const uint32_t keep = a.valid ? a.valid[begin + row] : 1;
     seen += static_cast<int32_t>(keep);
     Values values = Values::load(source);
     visit(values, (0U - keep) & Values::kLanes);

@@ -10,7 +10,7 @@ from typing import NoReturn
 from .. import __version__
 from ..graph import TraceError
 from ..prune.rounds import CutError
-from . import experiments, models
+from . import experiments, fetching, folding, models
 
 EXIT_OK, EXIT_NOTHING, EXIT_BAD_INPUT, EXIT_CUT, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -51,6 +51,8 @@ def parser() -> argparse.ArgumentParser:
     commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     experiments.add_commands(commands)
     models.add_commands(commands)
+    fetching.add_commands(commands)
+    folding.add_command(commands)
     return main_parser
 
 

@@ -1,4 +1,4 @@
-"""``measure``, ``fold`` and ``doctor``: for people's own models and machines."""
+"""``measure`` and ``doctor``: for people's own models and machines."""
 
 from __future__ import annotations
 
@@ -19,14 +19,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .. import _C, __version__, checkpoint, data, models
-from ..measure.report import NONFINITE
 from ..measure.scan import scan
 from ..ops import cuda
-from ..reduce.fold import fold
-from ..reduce.latency import compare
-from ..reduce.linearize import linearize
-from ..reduce.saving import save_folded
-from .console import add_json_flag, log, print_json, progress, results
+from .console import add_json_flag, print_json, progress, results
 
 
 def add_commands(commands: Any) -> None:
@@ -38,25 +33,8 @@ def add_commands(commands: Any) -> None:
         "per rectifier.",
         epilog="example: layer-collapse measure --weights runs/demo/state.safetensors",
     )
-    _add_model_arguments(measure)
+    add_model_arguments(measure)
     measure.set_defaults(run=_measure)
-
-    folding = commands.add_parser(
-        "fold",
-        help="take the linear layers out of a model",
-        description="Scan a model, linearise its rectifiers of zero entropy, fold, prove, save.",
-        epilog="example: layer-collapse fold --weights runs/demo/state.safetensors --out f."
-        "safetensors",
-    )
-    _add_model_arguments(folding)
-    folding.add_argument("--out", type=Path, required=True, metavar="FILE", help="folded model")
-    folding.add_argument(
-        "--tolerance",
-        type=float,
-        metavar="BITS",
-        help="also linearise rectifiers of at most BITS of entropy; changes the outputs",
-    )
-    folding.set_defaults(run=_fold)
 
     doctor = commands.add_parser(
         "doctor", help="what is built and what this machine has", description="Report the build."
@@ -65,7 +43,8 @@ def add_commands(commands: Any) -> None:
     doctor.set_defaults(run=_doctor)
 
 
-def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, weights and data, and in which form to print."""
     parser.add_argument(
         "--model",
         metavar="NAME|MODULE:CALLABLE",
@@ -194,7 +173,8 @@ def _load(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor, list[Tensor
     return model.eval(), x[: arguments.batch], list(x.split(arguments.batch))
 
 
-def _scan(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor, Any]:
+def scanned(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor, Any]:
+    """The model, a batch of its inputs, and the report of the scan."""
     model, example, batches = _load(arguments)
     report = scan(
         model, batches, example, progress=lambda them: progress(them, "scan", len(batches))
@@ -203,51 +183,12 @@ def _scan(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor, Any]:
 
 
 def _measure(arguments: argparse.Namespace) -> int:
-    _, _, report = _scan(arguments)
+    _, _, report = scanned(arguments)
     if arguments.json:
         print_json(report.to_dict())
     else:
         results.print(str(report), markup=False, soft_wrap=True)
     return 0
-
-
-def _fold(arguments: argparse.Namespace) -> int:
-    model, example, report = _scan(arguments)
-    for row in report:
-        if row.state == NONFINITE:
-            raise ValueError(f"rectifier {row.name!r} saw NaN; check the weights and the data")
-    linear = linearize(model, report, example, tolerance=arguments.tolerance)
-    result = fold(linear.model, example)
-    save_folded(result.model, arguments.out)
-    latency = compare(model, result.model, example)
-    gone = (*linear.exact, *linear.approximate)
-    if arguments.json:
-        print_json(
-            {
-                "entropy": report.to_dict(),
-                "linearized": {"exact": linear.exact, "approximate": linear.approximate},
-                "kept": linear.kept,
-                "fold": result.report.to_dict(),
-                "latency_ms": vars(latency),
-                "file": str(arguments.out),
-            }
-        )
-    else:
-        results.print(str(report), markup=False, soft_wrap=True)
-        results.print(
-            f"{len(gone)} of {len(report)} rectifiers left the network\n{result.report}",
-            markup=False,
-            soft_wrap=True,
-        )
-        results.print(
-            f"latency {latency.before:.3f} -> {latency.after:.3f} ms (batch {latency.batch}, "
-            f"{latency.threads} threads); saved to {arguments.out}",
-            markup=False,
-            soft_wrap=True,
-        )
-    if not gone:
-        log("no rectifier has zero entropy, so no layer left the network")
-    return 0 if gone else 1
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -123,6 +123,7 @@ def find_pairs(
         if (
             not isinstance(norm, _NORMS)
             or type(norm) not in _NORMS
+            or model.get_submodule(str(before.target)) is not norm  # a function in the forward
             or site.kind.name not in FUSED_KINDS
             or calls[id(norm)] != 1
             or len(before.users) != 1

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,15 @@ def parse_function(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
         return None
     renamed = {"x" if name in ("input", "self") else name: value for name, value in kwargs.items()}
     return FUNCTIONS[function](*args, **renamed)
+
+
+def rectifier_function(node: fx.Node) -> Any | None:
+    """The function that a functional rectifier node calls, or None for any other node."""
+    if node.op == "call_function" and node.target in FUNCTIONS:
+        return node.target
+    if node.op == "call_method" and node.target in METHODS:
+        return METHODS[str(node.target)]
+    return None
 
 
 def module_kind(module: nn.Module) -> Kind | None:

@@ -1,4 +1,7 @@
-"""Batch normalisation and the rectifier behind it in one op that also counts signs (CPU).
+"""Batch normalisation and the rectifier behind it in one op that also counts signs.
+
+The op runs on the CPU; elsewhere :func:`bn_rectify` is torch's batch norm followed by the fused
+rectifier.
 
 What is counted is what eager code would hand to the rectifier: z in the dtype of x. The gradient is
 computed from x and the statistics; neither z nor the result is kept for it.
@@ -6,6 +9,7 @@ computed from x and the statistics; neither z nor the result is kept for it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +18,7 @@ from torch import Tensor
 
 from .. import _C  # noqa: F401 - importing the module registers the ops
 from ..measure.rectifiers import KINDS, Call, Kind
-from .rectify import apply_torch, rectify_reference
+from .rectify import apply_torch, rectify, rectify_reference
 
 _ops = torch.ops.layer_collapse
 
@@ -194,12 +198,25 @@ def _forward(
     )
 
 
+def _normalise(x: Tensor, norm: Norm) -> Tensor:
+    return F.batch_norm(
+        x,
+        norm.running_mean,
+        norm.running_var,
+        norm.weight,
+        norm.bias,
+        norm.training,
+        norm.momentum,
+        norm.eps,
+    )
+
+
 def bn_rectify(call: Call, norm: Norm, ledger: Tensor) -> Tensor:
     """Normalise, rectify and add the signs in between to a ledger, in one pass.
 
     Args:
         call: the rectifier, one of :data:`FUSED_KINDS`. Its ``x`` is what is normalised, [N, C, ..]
-            with elements, float32, float64, bfloat16 or float16, on the CPU; it is not changed.
+            with elements, float32, float64, bfloat16 or float16; it is not changed.
         norm: the batch normalisation. Weights and statistics: contiguous [C], of x's dtype or
             float32. In training the running statistics, if given, are updated as torch does.
         ledger: ``new_ledger`` of ``call.kind`` for C channels.
@@ -212,6 +229,8 @@ def bn_rectify(call: Call, norm: Norm, ledger: Tensor) -> Tensor:
         RuntimeError: one value per channel in training, and whatever does not fit.
     """
     x, weight, bias = call.x, norm.weight, norm.bias
+    if not x.is_cpu:
+        return rectify(replace(call, x=_normalise(x, norm)), ledger, 1)
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias)
     ):
@@ -221,16 +240,7 @@ def bn_rectify(call: Call, norm: Norm, ledger: Tensor) -> Tensor:
 
 def bn_rectify_reference(call: Call, norm: Norm, ledger: Tensor) -> Tensor:
     """The same in plain PyTorch: oracle of the tests and peer of the benchmarks."""
-    z = F.batch_norm(
-        call.x,
-        norm.running_mean,
-        norm.running_var,
-        norm.weight,
-        norm.bias,
-        norm.training,
-        norm.momentum,
-        norm.eps,
-    )
+    z = _normalise(call.x, norm)
     then = Call(call.kind, z, slope=call.slope)
     rectify_reference(Call(call.kind, z.detach(), slope=call.slope), ledger, 1)
     return apply_torch(then)

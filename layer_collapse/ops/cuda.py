@@ -19,9 +19,18 @@ _OPS = (
     "apply_masks_",
     "magnitude_shares",
     "magnitude_prune_",
+    "magnitude_histogram",
 )
 #: What a CPU-only build answers to a CUDA tensor.
 REFUSAL = "layer_collapse was built without CUDA; rebuild with LAYER_COLLAPSE_CUDA=1"
+
+
+#: Ops that have no CUDA kernel in any build, and their answer to a CUDA tensor.
+CPU_OPS = ("bn_rectify", "bn_rectify_backward")
+CPU_ONLY = (
+    "bn_rectify runs on the CPU; on CUDA call layer_collapse.ops.batch_norm.bn_rectify, which is "
+    "torch's batch norm followed by the fused rectifier"
+)
 
 
 def _load() -> bool:
@@ -38,10 +47,16 @@ def _refuse(*arguments: Any, **named: Any) -> NoReturn:
     raise RuntimeError(REFUSAL)
 
 
+def _refuse_norm(*arguments: Any, **named: Any) -> NoReturn:
+    raise RuntimeError(CPU_ONLY)
+
+
 #: Whether this build has CUDA kernels and this torch can use them.
 BUILT = _load()
 
 _refusals = torch.library.Library("layer_collapse", "IMPL")
+for _op in CPU_OPS:
+    _refusals.impl(_op, _refuse_norm, "CUDA")
 if not BUILT:
     for _op in _OPS:
         _refusals.impl(_op, _refuse, "CUDA")

@@ -24,7 +24,7 @@ from ..measure.rectifiers import Kind
 #: Elements from which reading x a second time costs more than an autograd.Function.
 _FUSED_FROM = 1 << 18
 #: ScalarType codes of the dtypes that the loops take.
-_CODES = {torch.float32: 6, torch.float64: 7, torch.float16: 5, torch.bfloat16: 15}
+CODES = {torch.float32: 6, torch.float64: 7, torch.float16: 5, torch.bfloat16: 15}
 #: Counts like the kinds with three counters and leaves the output to torch.
 _COUNT_ONLY = 4
 
@@ -46,12 +46,10 @@ _NATIVE_IN_PLACE: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether nothing but this process's eager mode looks at x."""
+def is_unobserved() -> bool:
+    """Whether nothing but this process's eager mode sees the calls that are made now."""
     return (
-        type(x) is Tensor
-        and x.is_cpu
-        and forward_ad._current_level < 0
+        forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -69,7 +67,9 @@ def rectify_eager(
         ledger: of ``kind`` and ``channels``.
     """
     native = (_NATIVE_IN_PLACE if inplace else _NATIVE).get(kind.name)
-    if native is None or not ledger.is_cpu or not _is_plain(x) or x.dtype not in _CODES:
+    if native is None or not ledger.is_cpu or type(x) is not Tensor or not x.is_cpu:
+        return None
+    if x.dtype not in CODES or not is_unobserved():
         return None
     contiguous = x.is_contiguous()
     if not contiguous and not (
@@ -95,7 +95,7 @@ def rectify_eager(
         y.data_ptr(),
         x.shape,
         channel_dim,
-        _CODES[x.dtype],
+        CODES[x.dtype],
         not contiguous,
     )
     if not counted:

@@ -1,4 +1,5 @@
-"""Exact magnitude selection among alive weights: ``magnitude_shares`` and ``magnitude_prune_``.
+"""Exact magnitude selection among alive weights: ``magnitude_shares`` and ``magnitude_prune_``;
+``magnitude_histogram`` for selection over the weights of several processes.
 
 Weights are ordered by (abs(w), tensor, index) as a stable sort would: ties go to the earlier
 tensor, then to the smaller logical index (C order of the shape, whatever the strides). -0.0 equals
@@ -18,6 +19,9 @@ from layer_collapse.ops.masked_step import unpack_reference
 from layer_collapse.ops.mutation import bump_versions
 
 __all__ = [
+    "choose_digit",
+    "magnitude_histogram",
+    "magnitude_histogram_reference",
     "magnitude_prune_",
     "magnitude_prune_reference",
     "magnitude_shares",
@@ -68,6 +72,77 @@ def magnitude_prune_(
     bump_versions(masks)
 
 
+def magnitude_histogram(
+    weights: Sequence[Tensor], masks: Sequence[Tensor], prefix: Tensor, digit: int, wide: bool
+) -> Tensor:
+    """Alive weights of every tensor by one digit of abs(w), for a radix selection.
+
+    The bits of abs(w), 31 of float32 or, if ``wide``, 63 of float64, order numbers as unsigned
+    integers do. They are read in digits of 11 bits from the top, the last one having fewer. Counted
+    are the weights whose digits before this one are ``prefix``. Histograms of several processes add
+    up (all-reduce) to that of all their weights, from which :func:`choose_digit` takes the next
+    digit of the k-th smallest, without waiting for the device::
+
+        prefix, left = torch.zeros(1, dtype=torch.int64), torch.tensor([k])
+        for digit in range(6 if wide else 3):
+            histogram = magnitude_histogram(weights, masks, prefix, digit, wide).sum(0)
+            torch.distributed.all_reduce(histogram)
+            prefix, left = choose_digit(histogram, prefix, left, digit, wide)
+
+    ``prefix`` ends as the bits of the k-th smallest abs(w), and ``left`` as how many weights that
+    are equal to it belong to the k smallest. The first histogram tells whether there are k weights
+    and whether any is NaN; both are for the caller to refuse.
+
+    Args:
+        weights, masks: as for :func:`magnitude_shares`.
+        prefix: ``[1]`` int64 on the device of the weights.
+        digit: from 0 to 2, if ``wide`` to 5.
+        wide: must be true if any process has a float64 tensor.
+
+    Returns:
+        ``[len(weights), 2049]`` int64: 2048 buckets, then how many of the counted weights are NaN.
+
+    Raises:
+        RuntimeError: a digit out of range, float64 without ``wide``, or a tensor of wrong dtype or
+            size.
+    """
+    if not weights:
+        raise RuntimeError("magnitude_histogram: weights must hold at least one tensor (got none)")
+    histogram: Tensor = torch.ops.layer_collapse.magnitude_histogram(
+        weights, masks, prefix, digit, wide
+    )
+    return histogram
+
+
+def choose_digit(
+    histogram: Tensor, prefix: Tensor, left: Tensor, digit: int, wide: bool
+) -> tuple[Tensor, Tensor]:
+    """The prefix with the digit of the ``left``-th smallest, and its rank in that bucket.
+
+    Args:
+        histogram: ``[2049]`` int64, of all weights that are selected from.
+        prefix, left: ``[1]`` int64.
+    """
+    upto = histogram[:_BUCKETS].cumsum(0)
+    bucket = (upto < left).sum(0, keepdim=True).clamp_(max=_BUCKETS - 1)
+    before = upto[bucket] - histogram[bucket]
+    return (prefix << _digit_bits(digit, wide)) | bucket, left - before
+
+
+_BUCKETS, _DIGIT_BITS = 2048, 11
+
+
+def _digit_bits(digit: int, wide: bool) -> int:
+    return min(_DIGIT_BITS, (63 if wide else 31) - _DIGIT_BITS * digit)
+
+
+@torch.library.register_fake("layer_collapse::magnitude_histogram")
+def _histogram_fake(
+    weights: Sequence[Tensor], masks: Sequence[Tensor], prefix: Tensor, digit: int, wide: bool
+) -> Tensor:
+    return weights[0].new_empty((len(weights), _BUCKETS + 1), dtype=torch.int64)
+
+
 @torch.library.register_fake("layer_collapse::magnitude_shares")
 def _shares_fake(weights: Sequence[Tensor], masks: Sequence[Tensor], k: int) -> Tensor:
     return weights[0].new_empty((len(weights),), dtype=torch.int64)
@@ -82,6 +157,25 @@ def _magnitudes(weight: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
     """|w| as float64 and the alive flags, both [n] in C order."""
     alive = unpack_reference(words, weight.shape).flatten()
     return weight.detach().double().abs().flatten(), alive
+
+
+@torch.no_grad()
+def magnitude_histogram_reference(
+    weights: Sequence[Tensor], masks: Sequence[Tensor], prefix: Tensor, digit: int, wide: bool
+) -> Tensor:
+    """``magnitude_histogram`` in plain PyTorch."""
+    real, integer = (torch.float64, torch.int64) if wide else (torch.float32, torch.int32)
+    low = (63 if wide else 31) - _DIGIT_BITS * digit - _digit_bits(digit, wide)
+    rows = []
+    for weight, words in zip(weights, masks, strict=True):
+        alive = unpack_reference(words, weight.shape)
+        magnitudes = weight.detach()[alive].to(real).abs()
+        digits = magnitudes.view(integer).to(torch.int64) >> low
+        counted = digits >> _digit_bits(digit, wide) == prefix
+        buckets = digits[counted] & ((1 << _digit_bits(digit, wide)) - 1)
+        counts = torch.bincount(buckets, minlength=_BUCKETS)
+        rows.append(torch.cat([counts, magnitudes[counted].isnan().sum().view(1)]))
+    return torch.stack(rows)
 
 
 @torch.no_grad()

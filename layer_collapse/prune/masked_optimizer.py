@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from layer_collapse.ops.eager import is_unobserved
+from layer_collapse.ops.eager_step import StepPlan
 from layer_collapse.ops.masked_step import apply_masks_
 from layer_collapse.prune.masks import Masks
 from layer_collapse.sharding import is_sharded, local
@@ -43,6 +45,7 @@ class MaskedOptimizer(Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any], masks: Masks) -> None:
         self._masks = masks
         self._settled: dict[Tensor, tuple[_Stamp, Tensor]] = {}  # with the parameter's mask
+        self._plans: dict[int, tuple[int, StepPlan]] = {}  # of groups, with the masks' version
         super().__init__(params, defaults)
         if all(masks.for_parameter(p) is None for g in self.param_groups for p in g["params"]):
             raise ValueError(
@@ -55,7 +58,6 @@ class MaskedOptimizer(Optimizer):
         """The masks that this optimiser keeps."""
         return self._masks
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step on every parameter that has a gradient.
 
@@ -72,32 +74,60 @@ class MaskedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for index, group in enumerate(self.param_groups):
+            if not self._step_again(index, group):
+                self._step_anew(index, group)
+        return loss
+
+    def _step_again(self, index: int, group: dict[str, Any]) -> bool:
+        """Steps a group that is as the last step left it; otherwise returns False, nothing done."""
+        if torch.compiler.is_compiling():
+            return False
+        version, plan = self._plans.get(index, (0, None))
+        scaler = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if plan is None or scaler != (None, None) or not is_unobserved():
+            return False
+        grads = None
+        if version == self._masks.version and plan.keys == self._state_keys(group):
+            grads = plan.gradients(group["params"], self.state)
+        if grads is None:
+            del self._plans[index]
+            return False
+        self._step_memory(group, plan.tensors, [grad.data_ptr() for grad in grads])
+        plan.stepped()
+        return True
+
+    @torch.no_grad()
+    def _step_anew(self, index: int, group: dict[str, Any]) -> None:
         # GradScaler sets both attributes for the time of a step.
         scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
-        for group in self.param_groups:
-            ready: dict[torch.device, list[Tensor]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                if parameter.grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"{type(self).__name__}: gradients must be dense "
-                        f"(got {parameter.grad.layout})"
-                    )
-                ready.setdefault(parameter.device, []).append(parameter)
-            for device, parameters in ready.items():
-                masks = self._settle(parameters)
-                self._step_group(
-                    group,
-                    parameters,
-                    masks,
-                    None if scale is None else scale.to(device),
-                    None if found_inf is None else found_inf.to(device),
+        ready: dict[torch.device, list[Tensor]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            if parameter.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"{type(self).__name__}: gradients must be dense (got {parameter.grad.layout})"
                 )
-                for parameter, words in zip(parameters, masks, strict=True):
-                    self._settled[parameter] = self._stamp(parameter), words
-        return loss
+            ready.setdefault(parameter.device, []).append(parameter)
+        for device, parameters in ready.items():
+            masks = self._settle(parameters)
+            self._step_group(
+                group,
+                parameters,
+                masks,
+                None if scale is None else scale.to(device),
+                None if found_inf is None else found_inf.to(device),
+            )
+            for parameter, words in zip(parameters, masks, strict=True):
+                self._settled[parameter] = self._stamp(parameter), words
+            repeatable = scale is None and found_inf is None and not torch.compiler.is_compiling()
+            if repeatable and len(parameters) == len(group["params"]):
+                states = [self.state.get(parameter, {}) for parameter in parameters]
+                if StepPlan.covers(parameters, states):
+                    plan = StepPlan(parameters, masks, states, self._state_keys(group))
+                    self._plans[index] = self._masks.version, plan
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, plus ``["state"][i]["mask"]``: the int32 words of masked parameters.
@@ -143,10 +173,11 @@ class MaskedOptimizer(Optimizer):
         super().load_state_dict(saved)
         self._masks.load_words(words)
         self._settled.clear()
+        self._plans.clear()
         self._settle(self._all_parameters())
 
     def __getstate__(self) -> dict[str, Any]:  # deepcopy and pickle
-        return {**super().__getstate__(), "_masks": self._masks, "_settled": {}}
+        return {**super().__getstate__(), "_masks": self._masks, "_settled": {}, "_plans": {}}
 
     def _initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state before the first step as far as it has any, for a checkpoint taken then."""
@@ -161,6 +192,14 @@ class MaskedOptimizer(Optimizer):
         found_inf: Tensor | None,
     ) -> None:
         """Steps parameters of one group and one device that have dense gradients."""
+        raise NotImplementedError
+
+    def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """What a step writes beside the weights, as ``StepPlan`` takes it."""
+        raise NotImplementedError
+
+    def _step_memory(self, group: dict[str, Any], tensors: bytes, grads: list[int]) -> None:
+        """Steps the tensors of a ``StepPlan``, given the addresses of their gradients."""
         raise NotImplementedError
 
     def _all_parameters(self) -> list[Tensor]:

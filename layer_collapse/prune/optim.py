@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.hooks import RemovableHandle
 
+from layer_collapse import _C
 from layer_collapse.ops.masked_step import apply_masks_, masked_adamw_, masked_sgd_
 from layer_collapse.prune.masked_optimizer import MaskedOptimizer, refuse_below
 from layer_collapse.prune.masks import Masks
@@ -102,6 +103,21 @@ class MaskedSGD(MaskedOptimizer):
                 found_inf=found_inf,
             )
 
+    def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] != 0 else ()
+
+    def _step_memory(self, group: dict[str, Any], tensors: bytes, grads: list[int]) -> None:
+        _C.masked_sgd_memory(
+            tensors,
+            grads,
+            float(group["lr"]),
+            float(group["momentum"]),
+            float(group["dampening"]),
+            float(group["weight_decay"]),
+            group["nesterov"],
+            group["maximize"],
+        )
+
 
 class MaskedAdamW(MaskedOptimizer):
     """``torch.optim.AdamW`` that keeps pruned weights and their averages exactly 0.0.
@@ -194,6 +210,23 @@ class MaskedAdamW(MaskedOptimizer):
             raise
         if found_inf is not None:  # GradScaler skips the step
             torch._foreach_sub_(steps, [(found_inf != 0).to(step) for step in steps])
+
+    def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        squares = ("exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg_sq",)
+        return ("exp_avg", *squares, "step")
+
+    def _step_memory(self, group: dict[str, Any], tensors: bytes, grads: list[int]) -> None:
+        beta1, beta2 = group["betas"]
+        _C.masked_adamw_memory(
+            tensors,
+            grads,
+            float(group["lr"]),
+            float(beta1),
+            float(beta2),
+            float(group["eps"]),
+            float(group["weight_decay"]),
+            group["maximize"],
+        )
 
 
 def keep_pruned(optimizer: Optimizer, masks: Masks) -> RemovableHandle:

@@ -6,20 +6,23 @@ The rules are in :mod:`layer_collapse.reduce.rules`; nothing here knows them one
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..graph import ExampleInputs, ordered_inputs, record_shapes, trace
+from ..graph import ExampleInputs, carries_data, ordered_inputs, record_shapes, trace
 from . import proof, rules
-from .holdings import remove_dead
+from .chains import pays_with_more
+from .holdings import disown, remove_dead, sharing_copy
+from .latency import Stopwatch, in_turns
+from .plan import Plan, Slower
 from .proof import FoldError
 from .report import Fold, FoldReport, Refusal, size_of
 from .rules.constant import cut_off
-from .work import Refused, Work
+from .work import BORDERS, Refused, Work
 
 __all__ = ["FoldError", "FoldResult", "fold"]
 
@@ -33,7 +36,14 @@ class FoldResult:
 
 
 def fold(
-    model: nn.Module, example_inputs: ExampleInputs, *, without: Collection[str] = ()
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    without: Collection[str] = (),
+    border: str = "biasmap",
+    always_fold: bool = True,
+    prove: bool = True,
+    stopwatch: Stopwatch = in_turns,
 ) -> FoldResult:
     """Fold everything that can be folded exactly; what cannot stays, with its reason.
 
@@ -44,12 +54,15 @@ def fold(
       gates, behind) them: W' = diag(a) W, b' = a b + c;
     * neurons without weights: their row and the column that reads them leave;
     * two linear layers in a row: W = W2 W1, b = W2 b1 + b2;
+    * two convolutions in a row, wherever no padding between them makes that inexact;
+    * x + conv(x) and sums of parallel convolutions into one;
     * branches without weights: a constant, taken up by a bias of the residual stream.
 
     Every fold is proven by itself in float64, with its weights as they will be stored (relative
     error at most 1e-10 for float64, 1e-5 for float32, 2e-3 for float16, 2e-2 for bfloat16), then
     the folded model end to end on the example inputs, on normal noise and, where an image model
-    takes it, on a second size.
+    takes it, on a second size. Beyond the model itself this takes the memory of the folded one and
+    of about one layer (the largest) more: float64 is for one module at a time.
 
     Args:
         model: a module in which rectifiers may have been replaced by gates; it is not changed.
@@ -57,6 +70,16 @@ def fold(
             samples in the shape the folded model will see.
         without: names of rules to leave out, e.g. "batch norm" where the folded network is to be
             trained further.
+        border: what to do where the zero padding of the second of two convolutions makes their
+            merging inexact: "biasmap" takes up what does not depend on the data in a map for the
+            size of the example inputs, and refuses the rest; "ring" subtracts what is too much at
+            the border, for any size; "refuse" keeps both.
+        always_fold: merge two weighted layers even where that is slower. With False each merge is
+            timed against the two layers, on the device, in the dtypes and shapes of the example
+            inputs, and the faster form is kept; what is slower stays, with both times as reason.
+        prove: compare the folded with the unfolded model end to end. Without, the report says so;
+            the proof of every single fold remains.
+        stopwatch: what times two calls against each other, for ``always_fold=False``.
 
     Returns:
         The folded graph module (names of untouched layers are those of ``model``) and the report.
@@ -65,7 +88,7 @@ def fold(
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: no example inputs, or ``without`` names no rule.
+        ValueError: no example inputs, ``without`` names no rule, or ``border`` is unknown.
         TraceError: the model cannot be traced or does not run on the inputs.
         FoldError: the folded model is not equal to the unfolded one; no model is returned.
     """
@@ -80,10 +103,16 @@ def fold(
             f"fold: no rule is called {', '.join(sorted(unknown))}; the rules are "
             f"{', '.join(rules.RULES)}"
         )
+    if border not in BORDERS:
+        raise ValueError(f"fold: border must be one of {', '.join(BORDERS)} (got {border!r})")
     graph = _traced(model, example_inputs)
     inputs = ordered_inputs(graph, example_inputs)
-    work = Work(copy.deepcopy(graph), copy.deepcopy(inputs))
-    report = FoldReport(before=size_of(graph), after=size_of(graph))
+    work = Work(
+        sharing_copy(graph), copy.deepcopy(inputs), border, None if always_fold else stopwatch
+    )
+    size = size_of(graph, inputs)
+    report = FoldReport(before=size, after=size)
+    report.traced_by = graph.meta.get("traced_by", "fx")
     remove_dead(work.module)
     place = cut_off(work)
     if place is None:
@@ -92,32 +121,33 @@ def fold(
     if place is not None:
         reason = "nothing leads around this layer: without it the output is a constant"
         report.folds, report.refusals = [], [Refusal(str(place.target), "cut", reason)]
-        return FoldResult(_keep_temporary_buffers(graph, model), report)
+        return FoldResult(_finished(graph, model), report)
     sized = work.sized
     folded = work.finished()
-    _prove_end_to_end(graph, folded, inputs, report, second_size=not sized)
-    report.after = size_of(folded)
-    return FoldResult(_keep_temporary_buffers(folded, model), report)
+    report.proven = prove
+    if prove:
+        _prove_end_to_end(graph, folded, inputs, report, second_size=not sized)
+    report.after = size_of(folded, inputs)
+    hidden = graph.meta.get("hidden", {})
+    report.refusals += [Refusal(path, "trace", reason) for path, reason in hidden.items()]
+    return FoldResult(_finished(folded, model), report)
 
 
 def _traced(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
-    """A copy of the model as a graph in evaluation mode, shapes recorded.
+    """The model as a graph in evaluation mode that shares its parameters, shapes recorded.
 
     The graph is what everything is proven against, so it is compared with the model first.
     """
-    model = copy.deepcopy(model).eval()
+    model = sharing_copy(model).eval()
     if isinstance(model, fx.GraphModule):
+        _simplified(model)
         record_shapes(model, example_inputs)
         return model
     graph = trace(model, example_inputs)
+    _simplified(graph)
     example = copy.deepcopy(example_inputs)
     with torch.no_grad():
-        if isinstance(example, Tensor):
-            expected = model(example)
-        elif isinstance(example, Mapping):
-            expected = model(**example)
-        else:
-            expected = model(*(example or ()))
+        expected = proof.answer(model, example)
         got = graph(*ordered_inputs(graph, copy.deepcopy(example_inputs)))
     dtypes = [t.dtype for t in model.parameters() if t.is_floating_point()]
     _, error = proof.difference(proof.doubled(got), proof.doubled(expected))
@@ -129,8 +159,34 @@ def _traced(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
     return graph
 
 
-def _keep_temporary_buffers(graph: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
-    """Leave out of the state_dict what the model leaves out; torch.fx forgets it in every copy."""
+def _simplified(graph: fx.GraphModule) -> None:
+    """Take out what does nothing in evaluation, the mode of folded models.
+
+    That is stochastic depth and the like, and assertions about shapes, which would count as readers
+    of the values that they look at.
+    """
+    for node in list(graph.graph.nodes):
+        if node.meta.get("identity"):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph.graph.erase_node(node)
+        elif node.target is torch._assert and not _reads_data(node):
+            graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def _reads_data(node: fx.Node) -> bool:
+    """Whether a value depends on more than shapes."""
+    if node.op in ("placeholder", "get_attr", "call_module"):
+        return True
+    return carries_data(node) and any(_reads_data(source) for source in node.all_input_nodes)
+
+
+def _finished(graph: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
+    """The graph in memory of its own, with the state_dict of the model as far as it goes.
+
+    torch.fx forgets in every copy which buffers the model leaves out of it.
+    """
+    disown(graph, model)
     own = dict(model.named_modules())
     for path, module in graph.named_modules():
         temporary = own[path]._non_persistent_buffers_set if path in own else set[str]()
@@ -155,11 +211,20 @@ def _apply_rules(work: Work, without: Collection[str]) -> tuple[list[Fold], list
                     plan = rule(work, node)
                     if plan is not None:
                         place = plan.name
-                        folds.append(work.attempt(name, plan))
+                        folds.append(_attempted(work, name, plan))
                 except Refused as refused:
                     refusals.append(Refusal(place, name, str(refused)))
         if len(folds) == before:
             return folds, refusals
+
+
+def _attempted(work: Work, rule: str, plan: Plan) -> Fold:
+    try:
+        return work.attempt(rule, plan)
+    except Slower:
+        if not pays_with_more(work, plan, lambda trial: _apply_rules(trial, ())):
+            raise
+        return work.attempt(rule, plan)
 
 
 def _prove_end_to_end(
@@ -169,8 +234,7 @@ def _prove_end_to_end(
     report: FoldReport,
     second_size: bool,
 ) -> None:
-    reference = proof.Float64(proof.to_float64(copy.deepcopy(unfolded)))
-    candidate = proof.Float64(proof.to_float64(copy.deepcopy(folded)))
+    reference, candidate = proof.Float64(unfolded), proof.Float64(folded)
     generator = torch.Generator().manual_seed(1)
     limit = proof.tolerance(
         [t.dtype for t in unfolded.state_dict().values() if t.is_floating_point()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from typing import Any
 
@@ -18,14 +19,57 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
     )
 
 
+def attribute(module: nn.Module, path: str) -> Any:
+    """What lies at a dotted path."""
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
+
+
+def sharing_copy(module: nn.Module) -> Any:
+    """A deep copy, buffers included, whose parameters are the module's own."""
+    return copy.deepcopy(module, {id(p): p for p in module.parameters()})
+
+
+def disown(module: nn.Module, other: nn.Module) -> None:
+    """Copy, one by one, those tensors of ``module`` that lie in the memory of ``other``'s."""
+    theirs = {_memory(tensor) for tensor in tensors(other).values()}
+    copies: dict[int, Tensor] = {}
+    for path, tensor in tensors(module).items():
+        if _memory(tensor) in theirs:
+            copied = copies.setdefault(id(tensor), copy.deepcopy(tensor))
+            put(module, path, copied)
+
+
+def put(module: nn.Module, path: str, tensor: Tensor) -> None:
+    """Replace the parameter or buffer at a path; the object that was there stays as it is."""
+    owner, _, name = path.rpartition(".")
+    holder = module.get_submodule(owner)
+    if name in holder._parameters:
+        holder._parameters[name] = tensor  # type: ignore[assignment]
+    else:
+        holder._buffers[name] = tensor
+
+
+def like(old: Tensor, new: Tensor) -> Tensor:
+    """``new`` as a parameter where ``old`` is one."""
+    if isinstance(old, nn.Parameter):
+        return nn.Parameter(new, requires_grad=old.requires_grad)
+    return new
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that share their memory; of a subclass (packed, quantised) the object."""
+    if type(tensor) in (Tensor, nn.Parameter) and tensor.numel():
+        return tensor.device, tensor.untyped_storage().data_ptr()
+    return (id(tensor),)
+
+
 def tied(module: nn.Module) -> set[str]:
     """Paths of all tensors that share their memory with another path."""
     at: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for name, tensor in tensors(module).items():
-        key: tuple[Any, ...] = (id(tensor),)
-        if type(tensor) in (Tensor, nn.Parameter) and tensor.numel():
-            key = (tensor.device, tensor.untyped_storage().data_ptr())
-        at[key].append(name)
+        at[_memory(tensor)].append(name)
     return {name for names in at.values() if len(names) > 1 for name in names}
 
 
@@ -60,10 +104,24 @@ def remove_dead(module: fx.GraphModule) -> None:
         module.graph.erase_node(node)
     modules = {str(n.target) for n in module.graph.nodes if n.op == "call_module"}
     attributes = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
+    emptied = set[str]()
     for path in tensors(module):
         owner, _, name = path.rpartition(".")
         parts = owner.split(".")
         inside = any(".".join(parts[: i + 1]) in modules for i in range(len(parts)))
         if path not in attributes and not inside:
             delattr(module.get_submodule(owner), name)
+            emptied.add(owner)
     module.delete_all_unused_submodules()
+    left = dict(module.named_modules())
+    for path in emptied & set(left) - {""}:
+        module.set_submodule(path, _shell(left[path]))
+
+
+def _shell(module: nn.Module) -> nn.Module:
+    """What is left of a layer without its tensors: a name for the modules in it."""
+    shell = nn.Module()
+    shell._modules, shell._parameters = module._modules, module._parameters
+    shell._buffers, shell.training = module._buffers, module.training
+    shell._non_persistent_buffers_set = module._non_persistent_buffers_set
+    return shell

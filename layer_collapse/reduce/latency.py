@@ -1,16 +1,22 @@
-"""Latency of two models, measured in turns so that both see the same machine."""
+"""Latency of two forms of one computation, measured in turns so that both see the same machine."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer
 
-from ..graph import training_mode
+from ..graph import ExampleInputs, training_mode
+from .proof import answer
+
+#: Times two calls against each other: median milliseconds of each.
+Stopwatch = Callable[[Callable[[], Any], Callable[[], Any]], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -28,33 +34,50 @@ class Latency:
         return self.after / self.before
 
 
+def in_turns(
+    first: Callable[[], Any], second: Callable[[], Any], *, rounds: int = 9, seconds: float = 0.01
+) -> tuple[float, float]:
+    """Time two calls with the current number of threads, one after the other in every round.
+
+    Args:
+        rounds: interleaved rounds; the medians are returned.
+        seconds: how long each call is repeated in one round, about.
+
+    Returns:
+        Median milliseconds of one call of each. CUDA is waited for.
+    """
+    timers: list[Any] = [
+        Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        for call in (first, second)
+    ]
+    # The first run of each also warms up.
+    runs = [max(1, int(seconds / max(timer.timeit(3).mean, 1e-9))) for timer in timers]
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for timer, number, found in zip(timers, runs, times, strict=True):
+            found.append(timer.timeit(number).mean * 1e3)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
 def compare(
-    before: nn.Module, after: nn.Module, inputs: Tensor, *, rounds: int = 15, seconds: float = 0.03
+    before: nn.Module,
+    after: nn.Module,
+    inputs: ExampleInputs,
+    *,
+    rounds: int = 15,
+    seconds: float = 0.03,
 ) -> Latency:
-    """Time two models on the same inputs, one after the other in every round.
+    """Time two models on the same inputs in evaluation mode, see :func:`in_turns`.
 
     Args:
         inputs: a batch for both models, on their device.
-        rounds: interleaved rounds; the medians are reported.
-        seconds: how long each model runs in one round, about.
     """
-    threads = torch.get_num_threads()
-
-    def timer(model: nn.Module) -> Any:
-        return Timer("model(x)", globals={"model": model, "x": inputs}, num_threads=threads)
-
-    times: dict[str, list[float]] = {"before": [], "after": []}
     with torch.no_grad(), training_mode(before, False), training_mode(after, False):
-        timers = {"before": timer(before), "after": timer(after)}
-        runs = {}
-        for name, one in timers.items():  # also warms up
-            runs[name] = max(1, int(seconds / max(one.timeit(3).mean, 1e-9)))
-        for _ in range(rounds):
-            for name, one in timers.items():
-                times[name].append(one.timeit(runs[name]).mean * 1e3)
-    return Latency(
-        before=statistics.median(times["before"]),
-        after=statistics.median(times["after"]),
-        batch=len(inputs),
-        threads=threads,
-    )
+        times = in_turns(
+            lambda: answer(before, inputs),
+            lambda: answer(after, inputs),
+            rounds=rounds,
+            seconds=seconds,
+        )
+    first = next(t for t in tree_leaves(inputs) if isinstance(t, Tensor))
+    return Latency(*times, batch=len(first), threads=torch.get_num_threads())

@@ -1,4 +1,4 @@
-"""Arithmetic on the weights of single layers, in the dtype they have (float64 while folding)."""
+"""Arithmetic on the weights of single layers: in float64, whatever dtype they are stored in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..graph import BATCH_NORM, WEIGHTED
-from .gate import AffineGate
+from .float64 import by_rows, wide
+from .gate import AffineGate, ConstantBias
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -44,15 +45,20 @@ ELEMENTWISE = (
 )
 
 
-def weight_of(module: nn.Module) -> Tensor:
-    """The weight of a layer that has one."""
+def stored_weight(module: nn.Module) -> Tensor:
+    """The weight of a layer that has one, as it is stored: for its shape, slices and zeros."""
     assert isinstance(module.weight, Tensor)
     return module.weight.detach()
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a layer that has one, in float64."""
+    return wide(stored_weight(module))
+
+
 def bias_of(module: nn.Module) -> Tensor | None:
-    """The bias of a layer, or None."""
-    return module.bias.detach() if isinstance(module.bias, Tensor) else None
+    """The bias of a layer in float64, or None."""
+    return wide(module.bias) if isinstance(module.bias, Tensor) else None
 
 
 def spatial_dims(module: nn.Module) -> int:
@@ -76,6 +82,26 @@ def channel_dim(module: nn.Module, ndim: int) -> int | None:
     return None
 
 
+def past_borders(module: nn.Module | None, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape like ``shape`` in which a convolution or pool meets its border and also does not.
+
+    A small image may lie wholly in the border, where every output is alike. Any other module is
+    content with the shape as it is.
+    """
+    kernel = getattr(module, "kernel_size", None)
+    if kernel is None:
+        return shape
+    dilation, padding, stride = (
+        getattr(module, name, default)
+        for name, default in (("dilation", 1), ("padding", 0), ("stride", 1))
+    )
+    k, d, p, s = (
+        max(a) if isinstance(a, tuple) else a if isinstance(a, int) else 0
+        for a in (kernel, dilation, padding, stride)
+    )
+    return (*shape[:2], *[1 + 2 * (k * d + p + s)] * (len(shape) - 2))
+
+
 def per_channel(value: Tensor, shape: tuple[int, ...], dim: int) -> Tensor | None:
     """``value`` (aligned with the last dims of ``shape``) as one number per channel, or None.
 
@@ -94,7 +120,7 @@ def with_tensors(module: nn.Module, **tensors: Tensor | None) -> nn.Module:
     """A copy of a layer with some parameters or buffers replaced; strides and flags are kept.
 
     A parameter that was None (a missing bias) becomes one. A weight that was channels_last stays
-    so.
+    so. What is not replaced stays in the dtype it is stored in.
     """
     new = copy.copy(module)
     new._parameters = dict(module._parameters)
@@ -137,7 +163,7 @@ def affine(module: nn.Module, scale: Tensor | None, offset: Tensor | None) -> nn
         return with_tensors(module, scale=new_scale, offset=_moved(module.offset, scale, offset))
     if not isinstance(module, (*WEIGHTED, *BATCH_NORM, nn.LayerNorm)):
         return None
-    if module.weight is None or (type(module) is nn.LayerNorm and weight_of(module).ndim != 1):
+    if module.weight is None or (type(module) is nn.LayerNorm and stored_weight(module).ndim != 1):
         return None
     bias = bias_of(module)
     tensors: dict[str, Tensor | None] = {}
@@ -155,68 +181,99 @@ def _moved(bias: Tensor | None, scale: Tensor | None, offset: Tensor | None) -> 
     return moved if offset is None else moved + offset
 
 
+def scale_and_offset(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """A batch norm or a gate as ``scale x + offset`` per channel, each [C].
+
+    Returns:
+        None for any other module, and for a norm without running statistics.
+    """
+    if type(norm) is AffineGate:
+        return norm.scale, norm.offset
+    if type(norm) not in BATCH_NORM or norm.running_mean is None or norm.running_var is None:
+        return None
+    scale = torch.rsqrt(norm.running_var + norm.eps)  # type: ignore[operator]
+    if norm.weight is not None:
+        scale = scale * weight_of(norm)
+    offset = -norm.running_mean * scale  # type: ignore[operator]
+    shift = bias_of(norm)
+    return scale, offset if shift is None else offset + shift
+
+
 def _scaled_rows(module: nn.Module, scale: Tensor) -> Tensor:
-    weight = weight_of(module)
+    weight = stored_weight(module)
     if isinstance(module, CONV_TRANSPOSE):  # [in, out / groups, *kernel], groups along in
         groups, kernel = module.groups, weight.shape[2:]
-        split = weight.reshape(groups, -1, weight.shape[1], *kernel)
-        rows = scale.reshape(groups, 1, -1, *[1] * len(kernel))
-        return (split * rows).reshape(weight.shape)
-    return weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+        split = wide(weight).reshape(groups, -1, weight.shape[1], *kernel)
+        factors = scale.reshape(groups, 1, -1, *[1] * len(kernel))
+        return (split * factors).reshape(weight.shape)
+    column = scale.reshape(-1, *[1] * (weight.ndim - 1))
+    return by_rows(weight, lambda some, rows: some * column[rows])
 
 
 def scaled_columns(module: nn.Module, scale: Tensor) -> Tensor:
     """Weight of a Linear or Conv that reads ``scale * x``: W diag(scale), per group."""
-    weight = weight_of(module)
+    weight = stored_weight(module)
     groups = int(getattr(module, "groups", 1))
-    tail = [1] * (weight.ndim - 2)
-    split = weight.reshape(groups, -1, *weight.shape[1:])
-    return (split * scale.reshape(groups, 1, -1, *tail)).reshape(weight.shape)
+    per_group = len(weight) // groups
+    row = scale.reshape(groups, 1, -1).expand(groups, per_group, -1).reshape(len(weight), -1)
+    row = row.reshape(*row.shape, *[1] * (weight.ndim - 2))
+    return by_rows(weight, lambda some, rows: some * row[rows])
 
 
-def without_channels(module: nn.Module, keep: Tensor) -> nn.Module | None:
-    """A layer that gives only the channels ``keep`` ([C] bool); None for an unsuitable type.
+def without_channels(module: nn.Module, keep: Tensor, ndim: int) -> nn.Module:
+    """A normalisation, gate, PReLU or constant for the channels ``keep`` ([C] bool) alone.
 
-    Linear and plain convolutions lose rows; normalisations, gates, PReLU and depthwise
-    convolutions lose entries.
+    Args:
+        ndim: how many dims a value has from the channels on, to find them in a ConstantBias.
     """
-    kept = int(keep.sum())
+    if type(module) is ConstantBias:
+        dim = module.value.ndim - ndim
+        if dim < 0 or module.value.shape[dim] == 1:
+            return module  # the same for all channels
+        places = keep.nonzero().flatten().to(module.value.device)
+        return with_tensors(module, value=module.value.index_select(dim, places))
+    if type(module) is nn.PReLU and module.weight.numel() == 1:
+        return module  # one slope for all channels
+    names = ("weight", "bias", "running_mean", "running_var", "scale", "offset")
+    own = {name: getattr(module, name, None) for name in names}
+    new = with_tensors(module, **{name: t[keep] for name, t in own.items() if t is not None})
+    if type(module) in BATCH_NORM:
+        new.num_features = int(keep.sum())  # type: ignore[assignment]
     if type(module) is nn.PReLU:
-        return (
-            with_tensors(module, weight=module.weight[keep]) if module.weight.numel() > 1 else None
-        )
-    names = [
-        n
-        for n in ("weight", "bias", "running_mean", "running_var", "scale", "offset")
-        if getattr(module, n, None) is not None
-    ]
-    new = with_tensors(module, **{name: getattr(module, name)[keep] for name in names})
-    if type(module) is nn.Linear:
-        new.out_features = kept  # type: ignore[assignment]
-    elif type(module) in BATCH_NORM:
-        new.num_features = kept  # type: ignore[assignment]
-    elif type(module) in CONV:
-        new.out_channels = kept  # type: ignore[assignment]
-        if module.groups != 1:
-            new.in_channels = new.groups = kept  # type: ignore[assignment]
-    elif type(module) is not AffineGate:
-        return None
+        new.num_parameters = int(keep.sum())  # type: ignore[assignment]
     return new
 
 
-def without_columns(module: nn.Module, keep: Tensor, extra_bias: Tensor | None) -> nn.Module:
-    """A Linear or Conv (groups 1) that reads only the columns ``keep``, with a bias added."""
+def selected(
+    module: nn.Module, rows: Tensor, columns: Tensor, extra_bias: Tensor | None
+) -> nn.Module:
+    """A Linear or Conv with some of its rows and columns, and with a bias added.
+
+    Args:
+        rows: [out] bool, those that stay; as many in every group, or none.
+        columns: [in] bool, likewise; none in the groups that lose their rows.
+        extra_bias: [out] or None.
+    """
+    groups = int(getattr(module, "groups", 1))
     bias = _moved(bias_of(module), None, extra_bias)
-    new = with_tensors(module, weight=weight_of(module)[:, keep], bias=bias)
-    field = "in_features" if type(module) is nn.Linear else "in_channels"
-    setattr(new, field, int(keep.sum()))
+    weight = stored_weight(module)
+    given, read = rows.view(groups, -1), columns.view(groups, -1)
+    blocks = weight.reshape(groups, -1, *weight.shape[1:])
+    live = [g for g in range(groups) if bool(given[g].any())]
+    weight = torch.cat([blocks[g][given[g]][:, read[g]] for g in live])
+    new = with_tensors(module, weight=weight, bias=None if bias is None else bias[rows])
+    sizes = {"in": int(columns.sum()), "out": int(rows.sum())}
+    kind = "features" if type(module) is nn.Linear else "channels"
+    for side, size in sizes.items():
+        setattr(new, f"{side}_{kind}", size)
+    if kind == "channels":
+        new.groups = len(live)  # type: ignore[assignment]
     return new
 
 
 def constant_rows(module: nn.Module) -> Tensor:
     """[C] bool: channels of a Linear or Conv whose weights are all zero."""
-    weight = weight_of(module)
-    return (weight.flatten(1) == 0).all(dim=1)
+    return ~stored_weight(module).flatten(1).any(dim=1)
 
 
 def is_constant(module: nn.Module) -> bool:
@@ -225,5 +282,7 @@ def is_constant(module: nn.Module) -> bool:
         return module.is_constant()
     if type(module) in (*WEIGHTED, *BATCH_NORM, nn.LayerNorm):
         weight = module.weight
-        return isinstance(weight, Tensor) and weight.numel() > 0 and not bool(weight.any())
+        if not isinstance(weight, Tensor) or weight.numel() == 0 or bool(weight[0].any()):
+            return False  # most layers have a weight in their first row: no need to read them all
+        return not bool(weight.any())
     return False

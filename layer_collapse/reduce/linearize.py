@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..graph import ExampleInputs, rectifier_nodes, submodule, trace, training_mode
+from ..graph import ExampleInputs, record_shapes, rectifier_nodes, submodule, trace, training_mode
 from ..measure.rectifiers import module_call, parse_function
 from ..measure.report import (
     EMPTY,
@@ -23,7 +23,9 @@ from ..measure.sites import Site, find_sites, source_of
 from ..ops.entropy import State
 from ..ops.rectify import apply_torch
 from ..prune.rounds import CutError
+from .approximate import Fit
 from .gate import AffineGate
+from .move import move_padding
 
 
 @dataclass(frozen=True)
@@ -35,28 +37,35 @@ class Linearized:
         exact: rectifiers replaced without any change on the scanned data.
         approximate: rectifiers replaced although some of their neurons still switch.
         kept: the others, with the reason.
+        fits: of the approximate ones that were replaced by a fitted gate, that fit with its error.
+        moved: pairs of convolutions whose padding now lies in front of the first ("move").
     """
 
     model: fx.GraphModule
     exact: tuple[str, ...]
     approximate: tuple[str, ...]
     kept: dict[str, str]
+    fits: Mapping[str, Fit] = field(default_factory=dict)
+    moved: tuple[tuple[str, str], ...] = ()
 
 
 def _chosen(
-    report: EntropyReport, names: Sequence[str] | None, tolerance: float | None
+    report: EntropyReport,
+    names: Sequence[str] | None,
+    tolerance: float | None,
+    fits: Mapping[str, Fit],
 ) -> tuple[list[str], list[str], dict[str, str]]:
     """Rectifiers to replace exactly, to replace approximately, and to keep with the reason."""
     exact, approximate, kept = [], [], {}
-    for name in names or ():
+    for name in (*(names or ()), *fits):
         report[name]  # an unknown name is an error
     for row in report:
-        near = tolerance is not None and row.entropy <= tolerance
+        near = row.name in fits or (tolerance is not None and row.entropy <= tolerance)
         if row.state == UNMEASURED:
             kept[row.name] = "no data reached it"
         elif row.state == NONFINITE:
             kept[row.name] = "its input held NaN"
-        elif names is not None and row.name not in names:
+        elif names is not None and row.name not in names and row.name not in fits:
             kept[row.name] = "not asked for"
         elif row.zero_entropy:
             exact.append(row.name)
@@ -169,6 +178,8 @@ def linearize(
     *,
     names: Sequence[str] | None = None,
     tolerance: float | None = None,
+    fits: Mapping[str, Fit] | None = None,
+    border: str = "keep",
 ) -> Linearized:
     """Replace rectifiers of zero entropy by affine gates; exact on the scanned data.
 
@@ -180,14 +191,22 @@ def linearize(
         tolerance: bits; also replace rectifiers whose layer entropy (mean over all neurons) is at
             most this, each neuron by identity unless it was never on. Their output changes, so
             fine-tune and check the accuracy.
+        fits: rectifiers to replace by a fitted gate although they still switch, from
+            :func:`layer_collapse.reduce.approximate.fit_gates`: those whose error is small enough
+            for you. One of zero entropy gets its exact gate all the same.
+        border: "move" lets the first of two convolutions around a linearised rectifier pad for
+            both, where zero padding between them would keep them from being merged exactly. The
+            function changes at the border: fine-tune before folding.
 
     Raises:
         ValueError: the report certifies nothing, belongs to other weights, or a named rectifier is
-            not linear; ``tolerance`` is negative or NaN.
+            not linear; ``tolerance`` is negative or NaN, or ``border`` is unknown.
         CutError: the network is cut.
     """
     if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"tolerance must be 0 bits or more (got {tolerance})")
+    if border not in ("keep", "move"):
+        raise ValueError(f"linearize: border must be 'keep' or 'move' (got {border!r})")
     if not entropy.certified:
         raise ValueError(
             "linearize needs the report of layer_collapse.scan(model, data); counts taken while "
@@ -199,7 +218,8 @@ def linearize(
         )
     if entropy.cut:
         raise CutError(f"the network is cut ({entropy.cut_by}), so its zero entropies mean nothing")
-    exact, approximate, kept = _chosen(entropy, names, tolerance)
+    fits = fits or {}
+    exact, approximate, kept = _chosen(entropy, names, tolerance, fits)
     graph = trace(copy.deepcopy(model), example_inputs)
     known = tuple(row.name for row in entropy)
     sites = {site.name: site for site in find_sites(graph) if site.name in known}
@@ -213,15 +233,32 @@ def linearize(
             if site.kind.name == "prelu" and submodule(graph, node) is None:
                 kept[name] = "a functional PReLU has its slopes in the graph"
                 continue
-            gates.append((node, site, gate_for(graph, node, site, entropy[name])))
+            fitted = name in fits and name in approximate
+            gate = fits[name].gate if fitted else gate_for(graph, node, site, entropy[name])
+            gates.append((node, site, copy.deepcopy(gate)))
     for node, site, gate in gates:
         _place(graph, node, site, gate, calls.count((site.source, site.functional)) == 1)
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
     graph.recompile()
+    moved = _moved(graph, [gate for _, _, gate in gates]) if border == "move" else ()
+    if moved and example_inputs is not None:
+        record_shapes(graph, example_inputs)
     return Linearized(
         graph,
         tuple(name for name in exact if name not in kept),
         tuple(name for name in approximate if name not in kept),
         kept,
+        {name: fit for name, fit in fits.items() if name in approximate and name not in kept},
+        moved,
     )
+
+
+def _moved(graph: fx.GraphModule, gates: list[AffineGate]) -> tuple[tuple[str, str], ...]:
+    with training_mode(graph, False):
+        pairs = [
+            move_padding(graph, node)
+            for node in reversed(graph.graph.nodes)  # from the last: what it hands on moves on
+            if any(submodule(graph, node) is gate for gate in gates)
+        ]
+    return tuple(pair for pair in pairs if pair is not None)

@@ -12,6 +12,9 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..graph import ExampleInputs
+from .float64 import call, wide
+
 #: Largest relative error that a fold may have, by the dtype in which its weights are stored.
 TOLERANCE: Mapping[torch.dtype, float] = {
     torch.float64: 1e-10,
@@ -29,11 +32,24 @@ class FoldError(RuntimeError):
 
 @dataclass(frozen=True)
 class Call:
-    """Stands for a node during a run: ``module(source)`` in place of what the node does."""
+    """Stands for a node during a run: ``module(source)`` in place of what the node does.
+
+    ``source`` may be another call, whose result ``module`` reads.
+    """
 
     path: str
     module: nn.Module
-    source: fx.Node
+    source: fx.Node | Call
+
+    @property
+    def chain(self) -> list[Call]:
+        """This call and those below it, from the bottom up."""
+        return [*(self.source.chain if isinstance(self.source, Call) else []), self]
+
+    @property
+    def entrance(self) -> fx.Node:
+        """The node that the lowest call reads."""
+        return self.source.entrance if isinstance(self.source, Call) else self.source
 
 
 #: Nodes that do something else during a run: another node's value, or a call.
@@ -43,6 +59,13 @@ Becomes = Mapping[fx.Node, "fx.Node | Call"]
 def tolerance(dtypes: Sequence[torch.dtype]) -> float:
     """The accepted relative error for weights of these dtypes; the coarsest one decides."""
     return max((TOLERANCE.get(dtype, 0.0) for dtype in dtypes), default=TOLERANCE[torch.float64])
+
+
+def answer(model: nn.Module, inputs: ExampleInputs) -> Any:
+    """What a model gives for a tensor, a sequence of positional or a mapping of keyword inputs."""
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    return model(**inputs) if isinstance(inputs, Mapping) else model(*(inputs or ()))
 
 
 def difference(candidate: Any, reference: Any) -> tuple[float, float]:
@@ -87,17 +110,6 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
-def to_float64(module: fx.GraphModule) -> fx.GraphModule:
-    """``module.double()``; FoldError where a weight (a packed, quantised one) has no float64."""
-    try:
-        return module.double()
-    except Exception as error:
-        raise FoldError(
-            f"fold: expected weights that can be computed with in float64 ({first_line(error)}); "
-            "fold before quantising"
-        ) from error
-
-
 def doubled(value: Any) -> Any:
     """Floating-point tensors in ``value`` as float64 copies, everything else as it is."""
     return tree_map(
@@ -123,7 +135,7 @@ def noise(value: Any, generator: torch.Generator) -> Any:
 
 
 class Float64(fx.Interpreter):
-    """Runs a graph in float64: casts that the graph asks for go to float64 as well."""
+    """Runs a graph in float64, one module widened at a time; casts go to float64 as well."""
 
     def run_node(self, n: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -132,6 +144,13 @@ class Float64(fx.Interpreter):
         target = "double" if n.op == "call_method" and n.target in _CASTS else n.target
         with torch.no_grad():
             return getattr(self, n.op)(target, args, kwargs)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return call(self.fetch_attr(target), args, kwargs)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return wide(value) if isinstance(value, Tensor) else value
 
 
 def _as_float64(value: Any) -> Any:
@@ -147,7 +166,7 @@ class _Region(Float64):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target in self.replaced:
-            return self.replaced[target](*args, **kwargs)
+            return call(self.replaced[target], args, kwargs)
         return super().call_module(target, args, kwargs)
 
 
@@ -161,7 +180,7 @@ def run_region(
     """Values of ``targets`` and of all that lies between them and the given ``values``.
 
     Args:
-        module: a float64 graph in evaluation mode.
+        module: a graph in evaluation mode; what it holds may have any dtype.
         targets: nodes to compute.
         values: known values; the computation does not look behind them. Tensors are copied first,
             so that operations in place cannot reach the caller's.
@@ -181,15 +200,18 @@ def run_region(
             stack.pop()
             continue
         other = becomes.get(node)
-        source = other.source if isinstance(other, Call) else other
+        source = other.entrance if isinstance(other, Call) else other
         needed = node.all_input_nodes if source is None else [source]
         missing = [n for n in needed if n not in region.env]
         if missing:
             stack.extend(missing)
             continue
         if isinstance(other, Call):
+            value = region.env[other.entrance]
             with torch.no_grad():
-                region.env[node] = other.module(region.env[other.source])
+                for step in other.chain:
+                    value = call(step.module, [value])
+            region.env[node] = value
         elif other is not None:
             region.env[node] = region.env[other]
         else:

@@ -15,12 +15,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from .gate import AffineGate, ConstantBias
+from .layers import CONV
+from .ring import RingConv
 
 _OPERATOR = """add sub mul truediv floordiv mod matmul pow neg getitem eq ne lt le gt ge and_
     or_ not_ invert xor iadd isub imul itruediv"""
 _TORCH = """abs add addcmul addmm amax amin arange argmax argmin baddbmm bmm bool cat ceil chunk
     clamp concat cos cumsum div einsum empty eq exp eye finfo flatten flip floor full full_like
-    ge gt index_select isinf isnan le lerp log log1p logical_and logical_not logical_or
+    gather ge gt index_select isinf isnan le lerp log log1p logical_and logical_not logical_or
     logsumexp lt masked_fill matmul max maximum mean min minimum mul multiply narrow ne neg norm
     numel ones ones_like outer permute pow prelu prod reciprocal relu relu_ repeat_interleave
     reshape roll rsqrt select sigmoid sign sin softmax split sqrt square squeeze stack std sub
@@ -65,9 +67,17 @@ def _functions() -> dict[str, Any]:
 FUNCTIONS: Mapping[str, Any] = _functions()
 FUNCTION_NAMES: Mapping[Any, str] = {f: name for name, f in reversed(list(FUNCTIONS.items()))}
 
+_CONV = """in_channels out_channels kernel_size stride padding dilation groups bias padding_mode"""
+_PARTS = ("merged", "first", "second")  # of a RingConv, each a convolution
+
 
 def _has(name: str) -> Callable[[nn.Module], bool]:
     return lambda module: getattr(module, name, None) is not None
+
+
+def _of_part(part: str, field: str) -> Callable[[nn.Module], Any]:
+    read = _has(field) if field == "bias" else lambda conv: getattr(conv, field)
+    return lambda module: read(module.get_submodule(part))
 
 
 #: Constructor fields that are not attributes of the same name.
@@ -77,9 +87,9 @@ DERIVED: Mapping[str, Callable[[nn.Module], Any]] = {
     "mha_bias": _has("in_proj_bias"),
     "channels": lambda module: module.scale.numel(),  # type: ignore[union-attr,operator]
     "value_shape": lambda module: list(module.value.shape),  # type: ignore[union-attr,arg-type]
+    **{f"{part}_{field}": _of_part(part, field) for part in _PARTS for field in _CONV.split()},
 }
 
-_CONV = """in_channels out_channels kernel_size stride padding dilation groups bias padding_mode"""
 _CONV_T = """in_channels out_channels kernel_size stride padding output_padding groups bias dilation
     padding_mode"""
 _NORM = "num_features eps momentum affine track_running_stats"
@@ -135,6 +145,7 @@ _FIELDS: Mapping[str, tuple[type[nn.Module], ...]] = {
     _ATTENTION: (nn.MultiheadAttention,),
     "channels channel_dim": (AffineGate,),
     "value_shape": (ConstantBias,),
+    " ".join(f"{part}_{field}" for part in _PARTS for field in _CONV.split()): (RingConv,),
 }
 
 #: Module types by name, each with its constructor fields.
@@ -164,7 +175,8 @@ def _kinds() -> dict[str, tuple[str, ...]]:
         "none bool": "align_corners",
         "sizes text": "padding",
     }
-    return {name: tuple(kinds.split()) for kinds, names in table.items() for name in names.split()}
+    found = {name: tuple(kinds.split()) for kinds, names in table.items() for name in names.split()}
+    return found | {f"{part}_{name}": found[name] for part in _PARTS for name in _CONV.split()}
 
 
 #: What each constructor field may hold.
@@ -200,5 +212,12 @@ def build(name: str, fields: Mapping[str, Any]) -> nn.Module:
             return AffineGate(torch.ones(channels), torch.zeros(channels), fields["channel_dim"])
         if kind is ConstantBias:
             return ConstantBias(torch.zeros(fields["value_shape"]))
+        if kind is RingConv:
+            return RingConv(*(_part(part, fields) for part in _PARTS))
         given = {("bias" if key == "mha_bias" else key): value for key, value in fields.items()}
         return kind(**given)
+
+
+def _part(part: str, fields: Mapping[str, Any]) -> nn.Module:
+    given = {name: fields[f"{part}_{name}"] for name in _CONV.split()}
+    return CONV[len(given["kernel_size"]) - 1](**given)

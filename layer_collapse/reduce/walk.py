@@ -65,3 +65,11 @@ def summands(node: fx.Node) -> tuple[object, object] | None:
 def factors(node: fx.Node) -> tuple[object, object] | None:
     """The two operands of a product, or None for any other node."""
     return _pair(node, _PRODUCTS, "mul")
+
+
+def free_path(work: Work, stem: str) -> str:
+    """A path for a new module: ``stem`` and a number that nothing has yet."""
+    number = 0
+    while hasattr(work.module, f"{stem}_{number}"):
+        number += 1
+    return f"{stem}_{number}"

@@ -1,14 +1,13 @@
-"""The model while it is being folded: a float64 graph, its original dtypes, plans and their proof.
+"""The model while it is being folded: its graph, and the plans that are proven and carried out.
 
-Weights are composed in float64 all the way and rounded to the model's dtype once, at the end; every
-plan is proven with its weights rounded as they will be stored.
+Folds compose in float64; every plan is proven with its weights as they will be stored.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,35 +18,17 @@ from torch.nn.utils import parametrize
 from ..graph import call_counts, carries_data, shape_of, submodule
 from . import proof
 from .holdings import remove_dead, tensors, tied, writes_into
+from .latency import Stopwatch
+from .plan import Plan, Refused, Slower
 from .proof import Call
+from .region import extracted
 from .report import Fold
+from .storing import Waiting, round_all, rounded, widen_small
 
+__all__ = ["BORDERS", "Plan", "Refused", "Work"]
 
-class Refused(Exception):
-    """A fold that is not exact, or not safe; the message is the reason."""
-
-
-@dataclass
-class Plan:
-    """One fold, before it is proven.
-
-    Args:
-        name: the layer that changes or leaves.
-        detail: what happens, for the report.
-        sources: values that the changed part of the graph reads; the proof makes them random.
-        target: the value that must stay the same.
-        modules: new modules by path, in float64.
-        becomes: nodes that leave, each with the node (or call) that takes its place.
-        rule: name for the report where it differs from the rule's own.
-    """
-
-    name: str
-    detail: str
-    sources: tuple[fx.Node, ...]
-    target: fx.Node
-    modules: dict[str, nn.Module] = field(default_factory=dict)
-    becomes: dict[fx.Node, fx.Node | Call] = field(default_factory=dict)
-    rule: str = ""
+#: What may be done where zero padding makes the merging of two convolutions inexact.
+BORDERS = ("biasmap", "ring", "refuse")
 
 
 class _Values(ShapeProp):
@@ -61,20 +42,38 @@ class _Values(ShapeProp):
 
 
 class Work:
-    """A graph in float64 that plans are tried on.
+    """A graph that plans are tried on.
 
     Args:
-        module: the graph to fold, in evaluation mode; it becomes the work's own.
+        module: the graph to fold, in evaluation mode; it becomes the work's own, but for the memory
+            of its parameters, which is only read.
         inputs: its placeholders' values, in order.
+        border: what to do where zero padding makes a fold inexact: "refuse", "biasmap" or "ring".
+        stopwatch: times merges, which are refused where they are slower; None: all are made.
     """
 
-    def __init__(self, module: fx.GraphModule, inputs: list[Any]) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        inputs: list[Any],
+        border: str = "biasmap",
+        stopwatch: Stopwatch | None = None,
+    ) -> None:
         self.module = module
+        self.border = border
+        self.stopwatch = stopwatch
+        #: Merges to be made though slower by themselves, by the path of their last layer; with the
+        #: times of the whole chain at its end. And the chains that were timed.
+        self.paying: dict[str, tuple[float, float] | None] = {}
+        self.chains: dict[tuple[str, ...], tuple[float, float] | None] = {}
+        self._timed: dict[Any, tuple[float, float]] = {}
         with torch.no_grad():
             _Values(module).propagate(*inputs)
-        self.dtypes = {name: t.dtype for name, t in tensors(module).items()}
+        held = tensors(module)
+        self.dtypes = {name: t.dtype for name, t in held.items()}
         self.tied = tied(module)
-        proof.to_float64(module)
+        self._waiting = Waiting()
+        widen_small(module)
         self.version = 0  # of the graph, for what rules keep between calls
         self.cache: dict[str, tuple[int, Any]] = {}
         self.sized = False  # whether a constant was kept that fits the example's size only
@@ -95,17 +94,30 @@ class Work:
             return f"{path!r} has a parametrisation; remove it first"
         if self.hooked(node):
             return f"{path!r} has hooks, which would not run any more; remove them first"
-        if call_counts(self.module)[path] > 1:
+        calls, read = self._uses()
+        if calls[path] > 1:
             return f"{path!r} is shared: it is called more than once"
         for name, tensor in tensors(module).items():
             if f"{path}.{name}" in self.tied:
                 return f"the {name} of {path!r} is tied to another module's"
             if type(tensor) not in (Tensor, nn.Parameter):
                 return f"the {name} of {path!r} is quantised ({type(tensor).__name__})"
-        for other in self.module.graph.nodes:
-            if other.op == "get_attr" and str(other.target).startswith(path + "."):
-                return f"{other.target!r} is also read by itself in forward"
+        if path in read:
+            return f"{read[path]!r} is also read by itself in forward"
         return None
+
+    def _uses(self) -> tuple[Counter[str], dict[str, str]]:
+        """How often modules are called, and modules whose tensors forward reads by themselves."""
+        version, uses = self.cache.get("uses", (-1, None))
+        if uses is None or version != self.version:
+            read = dict[str, str]()
+            for node in self.module.graph.nodes:
+                parts = str(node.target).split(".") if node.op == "get_attr" else []
+                for length in range(1, len(parts)):
+                    read.setdefault(".".join(parts[:length]), str(node.target))
+            uses = call_counts(self.module), read
+            self.cache["uses"] = (self.version, uses)
+        return uses
 
     def hooked(self, node: fx.Node) -> bool:
         """Whether hooks sit on the module that ``node`` calls."""
@@ -151,32 +163,69 @@ class Work:
         known = self.sizes()
         # In the graph's order: rules collect sources in sets, whose order differs between runs.
         values = {s: self._random(s) for s in sorted(plan.sources)} | known
-        before = proof.run_region(self.module, [plan.target], values)[plan.target]
+        targets = [plan.target, *plan.others]
+        env = proof.run_region(self.module, targets, values)
+        before = [env[target] for target in targets]
         dtypes = self._stored_dtypes(plan)
-        modules = {path: _rounded(m, path, dtypes) for path, m in plan.modules.items()}
-        becomes = {
-            node: Call(to.path, _rounded(to.module, to.path, dtypes), to.source)
-            if isinstance(to, Call)
-            else to
-            for node, to in plan.becomes.items()
-        }
-        try:
-            after = proof.run_region(self.module, [plan.target], values, modules, becomes)
-        except Exception as error:
-            raise Refused(f"its folded form does not run ({proof.first_line(error)})") from error
-        max_abs, max_rel = proof.difference(after[plan.target], before)
-        limit = proof.tolerance(list(dtypes.values()))
-        if not max_rel <= limit:
-            raise Refused(f"its relative error of {max_rel:.1e} is above {limit:.0e}")
-        self._carry_out(plan, dtypes)
+        stored = plan.with_modules(lambda path, module: rounded(path, module, dtypes))
+        with _arguments(plan.arguments) as accept:
+            try:
+                after = proof.run_region(
+                    self.module, targets, values, stored.modules, stored.becomes
+                )
+            except Exception as error:
+                reason = proof.first_line(error)
+                raise Refused(f"its folded form does not run ({reason})") from error
+            max_abs, max_rel = proof.difference([after[target] for target in targets], before)
+            limit = proof.tolerance(list(dtypes.values()))
+            if not max_rel <= limit:
+                raise Refused(f"its relative error of {max_rel:.1e} is above {limit:.0e}")
+            accept()
+        times = self._times(plan, stored) if plan.merges and self.stopwatch else None
+        self._carry_out(plan.with_modules(lambda path, m: self._waiting.take(path, m, dtypes)))
+        self.dtypes |= dtypes
         for node, value in after.items():  # a narrower layer changes the shapes behind it
             if isinstance(value, Tensor) and "tensor_meta" in node.meta:
                 node.meta["tensor_meta"] = node.meta["tensor_meta"]._replace(shape=value.shape)
-        return Fold(plan.name, plan.rule or rule, plan.detail, max_abs, max_rel)
+        return Fold(
+            plan.name, plan.rule or rule, plan.detail, max_abs, max_rel, *(times or (None, None))
+        )
+
+    @torch.no_grad()
+    def _times(self, plan: Plan, stored: Plan) -> tuple[float, float] | None:
+        """Milliseconds of the region apart and merged, each as it would be stored.
+
+        Raises:
+            Slower: merged takes longer, and is no part of a chain that pays.
+        """
+        if str(plan.target.target) in self.paying:
+            return self.paying[str(plan.target.target)]
+
+        def as_stored(path: str, module: nn.Module) -> nn.Module:
+            return rounded(path, module, self.dtypes)
+
+        sources = sorted(s for s in plan.sources if not self.known(s))
+        place = (self.module, plan.target, sources, self.sizes())
+        apart = extracted(*place, as_stored)
+        merged = extracted(*place, as_stored, stored.modules, stored.becomes)
+        # The same merge comes again in the next round of rules, with the same times.
+        key = (plan.name, *((n, p.shape) for n, p in [*tensors(apart).items()]))
+        if key not in self._timed:
+            assert self.stopwatch is not None
+            values = [self.sample(s) for s in sources]
+            self._timed[key] = self.stopwatch(lambda: apart(*values), lambda: merged(*values))
+        times = self._timed[key]
+        if times[1] >= times[0]:
+            raise Slower(f"slower: {times[1]:.3g} ms merged, {times[0]:.3g} ms apart")
+        return times
+
+    def sample(self, node: fx.Node) -> Tensor:
+        """A random value of a node's shape and dtype."""
+        return self._random(node).to(node.meta["tensor_meta"].dtype)
 
     def _random(self, node: fx.Node) -> Tensor:
         example = torch.empty(self.shape(node), dtype=torch.float64)
-        device = next((t.device for t in tensors(self.module).values()), torch.device("cpu"))
+        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         random: Tensor = proof.noise(example, self._generator).to(device)
         return random
 
@@ -194,37 +243,37 @@ class Work:
         """Dtype in which each tensor of the plan's modules will be stored, by its path."""
         meta = plan.target.meta.get("tensor_meta")
         new = getattr(meta, "dtype", torch.get_default_dtype())
-        modules = dict(plan.modules)
-        modules |= {to.path: to.module for to in plan.becomes.values() if isinstance(to, Call)}
+        calls = dict[str, nn.Module]()
+        for to in plan.becomes.values():
+            calls |= {c.path: c.module for c in to.chain} if isinstance(to, Call) else {}
         dtypes = {}
-        for path, module in modules.items():
+        for path, module in (plan.modules | calls).items():
             beside = self.dtypes.get(f"{path}.weight", new)  # a bias that was not there before
             for name in tensors(module):
                 dtypes[f"{path}.{name}"] = self.dtypes.get(f"{path}.{name}", beside)
         return dtypes
 
-    def _carry_out(self, plan: Plan, dtypes: dict[str, torch.dtype]) -> None:
+    def _carry_out(self, plan: Plan) -> None:
         graph = self.module.graph
         for path, module in plan.modules.items():
             self.module.set_submodule(path, module)
         for node, to in plan.becomes.items():
             if isinstance(to, Call):
-                self.module.add_submodule(to.path, to.module)
-                with graph.inserting_before(node):
-                    call = graph.call_module(to.path, (to.source,))
-                call.meta = dict(node.meta)
-                to = call
+                value = to.entrance
+                for call in to.chain:
+                    self.module.add_submodule(call.path, call.module)
+                    with graph.inserting_before(node):
+                        value = graph.call_module(call.path, (value,))
+                    value.meta = dict(node.meta)
+                to = value
             node.replace_all_uses_with(to)
         remove_dead(self.module)
-        self.dtypes |= dtypes
+        self.sized |= plan.sized
         self.version += 1
 
     def finished(self) -> fx.GraphModule:
         """The folded graph, every tensor in the dtype in which it is stored."""
-        for name, tensor in tensors(self.module).items():
-            dtype = self.dtypes[name]
-            if tensor.dtype != dtype:
-                tensor.data = tensor.data.to(dtype)
+        round_all(self.module, self.dtypes)
         for node in self.module.graph.nodes:
             node.meta.pop("fold_value", None)
         self.module.graph.lint()
@@ -232,10 +281,14 @@ class Work:
         return self.module
 
 
-def _rounded(module: nn.Module, path: str, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
-    """A float64 copy whose values are those that the stored dtypes can hold."""
-    module = copy.deepcopy(module)
-    for name, tensor in tensors(module).items():
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtypes[f"{path}.{name}"]).to(torch.float64)
-    return module.eval()
+@contextmanager
+def _arguments(new: Mapping[fx.Node, tuple[Any, ...]]) -> Iterator[Callable[[], None]]:
+    """Give nodes other arguments, and their own ones back unless what is yielded was called."""
+    own = {node: node.args for node in new}
+    for node, args in new.items():
+        node.args = args
+    try:
+        yield own.clear
+    finally:
+        for node, args in own.items():
+            node.args = args

@@ -29,6 +29,7 @@ _OPS = (
     "apply_masks_",
     "magnitude_shares",
     "magnitude_prune_",
+    "magnitude_histogram",
 )
 _libraries: dict[str, torch.library.Library] = {}
 
@@ -36,19 +37,18 @@ _libraries: dict[str, torch.library.Library] = {}
 class Kernels:
     """``ops.rectify`` and the like run the CUDA kernels; ``run_as`` sets how."""
 
-    def __init__(self, compares_bfloat16: bool) -> None:
+    def __init__(self, bfloat16: int | None = None) -> None:
         sanitize = bool(os.environ.get("CUDA_ON_CPU_SANITIZE"))
-        path = build.ops(compares_bfloat16=compares_bfloat16, sanitize=sanitize)
+        path = build.ops(bfloat16=bfloat16, sanitize=sanitize)
         name = path.name.rsplit("-", 1)[0]
         library = torch.library.Library(name, "DEF")
-        for op in _OPS:
+        for op in _OPS if bfloat16 is None else _OPS[:2]:
             schema = str(getattr(torch.ops.layer_collapse, op).default._schema)
             library.define(schema.split("::", 1)[1])
         _libraries[name] = library
         torch.ops.load_library(path)
         self.ops: Any = getattr(torch.ops, name)
         self._set = ctypes.CDLL(str(path)).cuda_on_cpu_set
-        self.compares_bfloat16 = compares_bfloat16
 
     def run_as(self, geometry: tuple[int, int]) -> None:
         self._set(*geometry)
@@ -56,10 +56,10 @@ class Kernels:
 
 @pytest.fixture(scope="session")
 def kernels() -> Kernels:
-    return Kernels(compares_bfloat16=True)
+    return Kernels()
 
 
-@pytest.fixture(scope="session")
-def kernels_by_minima() -> Kernels:
-    """As compiled for GPUs that cannot compare pairs of bfloat16."""
-    return Kernels(compares_bfloat16=False)
+@pytest.fixture(scope="session", params=["sm_75", "sm_80"])
+def older_kernels(request: pytest.FixtureRequest) -> Kernels:
+    """As compiled for GPUs that do nothing with pairs of bfloat16, or minima and maxima alone."""
+    return Kernels(bfloat16=["sm_75", "sm_80"].index(request.param))

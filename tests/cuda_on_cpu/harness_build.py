@@ -1,8 +1,8 @@
 """Compiles the kernels of csrc/cuda for the CPU: ``harness_build.py KIND TARGET`` or :func:`build`.
 
 ``ops``: their ops as a library that registers them for CPU tensors, as layer_collapse_on_cpu.*,
-with AddressSanitizer and UndefinedBehaviorSanitizer. ``ops_minima`` is the same with bfloat16
-counted by minima (as before sm_90). Programs are compiled by :func:`program`.
+with AddressSanitizer and UndefinedBehaviorSanitizer; or rectify alone, as compiled for GPUs that do
+less with bfloat16 (``LC_BFLOAT16`` of csrc/cuda/device.cuh). Programs: :func:`program`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ _COMMON = [
     # vectors are read through uint4, as CUDA code does
     "-fno-strict-aliasing",
     "-ffp-contract=off",
+    "-fvisibility=hidden",
     f"-I{ROOT / 'csrc'}",
     f"-I{HERE}",
     f"-I{TORCH / 'include'}",
@@ -69,17 +70,15 @@ def _inputs() -> list[Path]:
     return sorted(headers)
 
 
-def ops(*, compares_bfloat16: bool = True, sanitize: bool = True) -> Path:
-    """The shared library of the ops, for torch.ops.load_library."""
-    name = f"layer_collapse_on_cpu{'' if compares_bfloat16 else '_minima'}"
-    flags = [
-        "-fPIC",
-        f"-DLC_CUDA_LIBRARY={name}",
-        "-DLC_CUDA_KEY=CPU",
-        f"-DLC_COMPARES_BFLOAT16={int(compares_bfloat16)}",
-        *(ADDRESS if sanitize else []),
-    ]
-    objects = [_compile(source, flags) for source in [*LAUNCHERS, *OPS, HERE / "settings.cpp"]]
+def ops(*, bfloat16: int | None = None, sanitize: bool = True) -> Path:
+    """The shared library of the ops, for torch.ops.load_library; bfloat16: rectify alone."""
+    name, sources = "layer_collapse_on_cpu", [*LAUNCHERS, *OPS]
+    flags = ["-fPIC", "-DLC_CUDA_KEY=CPU", *(ADDRESS if sanitize else [])]
+    if bfloat16 is not None:
+        name, sources = f"{name}_{bfloat16}", [CUDA / "rectify.cu", CUDA / "rectify_op.cpp"]
+        flags.append(f"-DLC_BFLOAT16={bfloat16}")
+    flags.append(f"-DLC_CUDA_LIBRARY={name}")
+    objects = [_compile(source, flags) for source in [*sources, HERE / "settings.cpp"]]
     stem = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:16]
     target = _folder() / f"{name}-{stem}.so"
     if not target.exists():

@@ -81,17 +81,20 @@ Bug named(const char* name) {
 int run(Bug bug) {
   constexpr int kBlocks = 2, kSize = 64;
   const std::vector<float> values(kBlocks * kSize, 1.0F);
-  for (const unsigned schedule : {0U, 1U, 5U}) {
+  int result = 0;
+  // Schedules 0, 1 and shuffled ones; more often than a race needs to be seen once, if real threads
+  // are let loose.
+  for (unsigned schedule = 0; schedule < 60; ++schedule) {
     cuda_on_cpu::schedule = schedule;
     std::vector<float> sums(kBlocks);
     int total = 0;
     launch(sum_kernel, kBlocks, kSize, nullptr, values.data(), sums.data(), &total, bug);
-    if (sums[0] != kSize || sums[1] != kSize || total != kBlocks * kSize) {
+    if (result == 0 && (sums[0] != kSize || sums[1] != kSize || total != kBlocks * kSize)) {
       std::fprintf(stderr, "wrong results with schedule %u\n", schedule);
-      return 3;
+      result = 3;
     }
   }
-  return 0;
+  return result;
 }
 
 }  // namespace

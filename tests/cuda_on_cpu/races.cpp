@@ -105,7 +105,7 @@ void steps() {
 // one of all weights; then the prune of a single rank.
 void selection() {
   Weights halves[2] = {make_weights(3000), make_weights(2500)};
-  constexpr int64_t kBuckets = 2048, kWanted = 1000;
+  constexpr int64_t kBuckets = 2049, kWanted = 1000;  // of a histogram
   std::vector<int64_t> cuts[2], histograms[2], wanted(1, kWanted);
   std::vector<Selection> ranks;
   for (int rank = 0; rank < 2; ++rank) {
@@ -113,6 +113,7 @@ void selection() {
     histograms[rank].resize(kBuckets);
     ranks.push_back({{halves[rank].data(false, nullptr)},
                      true,
+                     false,
                      cuts[rank].data(),
                      histograms[rank].data(),
                      wanted.data(),
@@ -121,7 +122,7 @@ void selection() {
     ranks[rank].list[0].data.resize(1);
     expect(begin_selection(ranks[rank]) == 0, "launch");
   }
-  for (int digit = 0; digit < digits(ranks[0]); ++digit) {
+  for (int digit = 0; digit < digits(false); ++digit) {
     for (Selection& rank : ranks) expect(launch_histogram(rank, digit) == 0, "launch");
     for (int64_t bucket = 0; bucket < kBuckets; ++bucket) {  // the all-reduce
       histograms[0][bucket] += histograms[1][bucket];
@@ -144,16 +145,11 @@ void selection() {
 
   Weights own = make_weights(9000);
   const int64_t before = count_alive(own.words.data(), static_cast<int64_t>(own.words.size()));
-  Selection prune{{own.data(false, nullptr)},
-                  false,
-                  cuts[0].data(),
-                  histograms[0].data(),
-                  wanted.data(),
-                  kSize,
-                  nullptr};
+  Selection prune{{own.data(false, nullptr)}, false,         false, cuts[0].data(),
+                  histograms[0].data(),       wanted.data(), kSize, nullptr};
   prune.list[0].data.resize(1);
   expect(begin_selection(prune) == 0, "launch");
-  for (int digit = 0; digit < digits(prune); ++digit) {
+  for (int digit = 0; digit < digits(false); ++digit) {
     expect(launch_histogram(prune, digit) == 0 && launch_choose(prune, digit) == 0, "launch");
   }
   const std::vector<int64_t> bounds{0, segments(prune.list[0])};

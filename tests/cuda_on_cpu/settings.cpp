@@ -3,7 +3,8 @@
 #include "cuda_on_cpu.h"
 
 // Order of threads and blocks (cuda_on_cpu.h), and threads per block.
-extern "C" void cuda_on_cpu_set(unsigned schedule, int threads) {
+extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_set(unsigned schedule,
+                                                                       int threads) {
   cuda_on_cpu::schedule = schedule;
   layer_collapse::kOpThreads = threads;
 }

@@ -237,6 +237,23 @@ def test_selection(kernels: Kernels, case, fraction: float, geometry: tuple[int,
     assert all(map(torch.equal, own, expected))
 
 
+@settings(max_examples=40, deadline=None)
+@given(weights_and_masks(), st.booleans(), st.booleans(), st.sampled_from(GEOMETRIES))
+def test_histograms(kernels: Kernels, case, nan: bool, wide: bool, geometry) -> None:
+    weights, masks = case
+    kernels.run_as(geometry)
+    if nan and weights[0].numel():
+        weights[0][0] = torch.nan
+    wide = wide or any(w.dtype == torch.float64 for w in weights)
+    prefix = torch.zeros(1, dtype=torch.int64)
+    for digit in range(6 if wide else 3):
+        got = kernels.ops.magnitude_histogram(weights, masks, prefix, digit, wide)
+        assert torch.equal(got, CPU.magnitude_histogram(weights, masks, prefix, digit, wide))
+        most = got[:, :2048].sum(0).argmax()  # a digit that occurs
+        bits = min(11, (63 if wide else 31) - 11 * digit)
+        prefix = (prefix << bits) | most
+
+
 def test_selection_of_other_strides_and_dense_masks(kernels: Kernels) -> None:
     torch.manual_seed(0)
     base = torch.randint(-3, 4, (8, 6, 3, 4)).float()

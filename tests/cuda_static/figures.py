@@ -138,6 +138,18 @@ def write(report: Report, path: Path = JSON) -> None:
     path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
+def summary(path: Path = JSON) -> str:
+    """How much was compiled, and the inner loops of the rectifiers."""
+    rows = json.loads(path.read_text())
+    lines = ["Instructions of the inner loop per 16 bytes, over " + ", ".join(ARCHITECTURES)]
+    for kernel in sorted({r["kernel"] for r in rows if r["kernel"].startswith("rectify_")}):
+        found = {r["arch"]: r["per_16_bytes"] for r in rows if r["kernel"] == kernel}
+        if None not in found.values():
+            cells = "".join(f"{found[arch]:8.1f}" for arch in ARCHITECTURES)
+            lines.append(f"  {kernel:60}{cells}")
+    return "\n".join([*lines, f"{len(rows)} kernels x architectures compiled"])
+
+
 if __name__ == "__main__":
     folder = ROOT / "build" / "cubins"
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,14 +15,15 @@ from cards import CARDS
 from figures import ARCHITECTURES, Figures, Report
 
 #: Kernels, and kernels x architectures. A new kernel changes this number knowingly.
-KERNELS = 107
-COVERED = 642
+KERNELS = 108
+COVERED = 648
 
 RECTIFIERS = ("DeviceRelu", "DeviceRelu6", "DeviceLeakyRelu", "DeviceHardswish", "DeviceCountOnly")
 #: ReLU with all its counters, per 16 bytes, on sm_80 and later.
 LIMITS = {"float": 40, "__half": 48, "__nv_bfloat16": 48}
 #: Kernels whose vectors are single values, or that read masks and counters alone.
 SCALAR = [
+    "begin_at_kernel",
     "begin_kernel",
     "choose_kernel",
     "clear_kernel",
@@ -52,20 +53,8 @@ def test_no_warning(report: Report) -> None:
     assert report.warnings == []
 
 
-#: Kernels that put a register or two aside, on the stack: bfloat16
-#: that sm_75 has to emulate, and one on sm_120. The list may only shrink.
-SPILLING = {
-    ("rectify_channels<DeviceLeakyRelu, __nv_bfloat16, 8>", "sm_75"),
-    ("rectify_channels<DeviceRelu6, __nv_bfloat16, 8>", "sm_75"),
-    ("rectify_channels<DeviceHardswish, __half, 8>", "sm_120"),
-    ("rectify_channels<DeviceHardswish, __nv_bfloat16, 8>", "sm_120"),
-}
-
-
 def test_registers_stack_and_spills(report: Report) -> None:
-    spilling = [f for f in report.figures if f.spills or f.stack]
-    assert [f for f in spilling if (f.kernel, f.arch) not in SPILLING] == []
-    assert [f for f in spilling if f.stack > 8] == []
+    assert [f for f in report.figures if f.spills or f.stack] == []
     assert [f for f in report.figures if f.registers > 64] == []
 
 

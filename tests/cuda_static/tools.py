@@ -7,10 +7,13 @@ import shutil
 import site
 from pathlib import Path
 
+#: Where the toolkit installs itself.
+HOME = Path("/usr/local/cuda")
+
 
 def _candidates(name: str) -> list[Path]:
     found = [Path(path) for path in (shutil.which(name),) if path]
-    for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
+    for home in (os.environ.get("CUDA_HOME"), HOME):
         if home:
             found.append(Path(home) / "bin" / name)
     # the wheels of nvidia-cuda-nvcc and nvidia-cuda-nvdisasm

@@ -221,13 +221,13 @@ NO_CANDIDATE = {
         6,
     ),
     "functional layer": (
-        lambda m, x: m.act(F.linear(x, m.linear.weight)),
+        lambda m, x: m.act(F.linear(x, m.linear.weight * 2)),
         VECTOR,
         "the function `linear`",
         6,
     ),
     "functional convolution": (
-        lambda m, x: m.act(F.conv2d(x, m.conv2.weight)),
+        lambda m, x: m.act(F.conv2d(x, m.conv2.weight * 2)),
         IMAGE,
         "the function `conv2d`",
         6,

@@ -402,3 +402,43 @@ def test_a_gradient_of_another_shape_is_named() -> None:
         torch.ops.layer_collapse.bn_rectify_backward(
             torch.zeros(4, 2), x, None, None, ones, ones, True, 0, 0.0
         )
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_equals_the_twin_on_every_device(training: bool, device: torch.device) -> None:
+    call = Call(KINDS["relu"], torch.randn(6, 5, 4, 3, device=device))
+    norms = [clone_to(norm_of(5, torch.float32, training), device) for _ in range(2)]
+    ledgers = [new_ledger(KINDS["relu"], 5, device) for _ in range(2)]
+    y = bn_rectify(call, norms[0], ledgers[0])
+    torch.testing.assert_close(y, bn_rectify_reference(call, norms[1], ledgers[1]))
+    assert torch.equal(*ledgers)
+    torch.testing.assert_close(norms[0].running_var, norms[1].running_var)
+
+
+def clone_to(norm: Norm, device: torch.device) -> Norm:
+    return Norm(*(v.to(device) if isinstance(v, Tensor) else v for v in norm))
+
+
+def test_elsewhere_it_is_torchs_batch_norm_and_the_fused_rectifier() -> None:
+    """Meta tensors stand for those of any device that is not the CPU."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    called: list[str] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            called.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    meta = torch.device("meta")
+    norm = clone_to(norm_of(5, torch.float32, True), meta)
+    with Record():
+        y = bn_rectify(
+            Call(KINDS["relu"], torch.empty(6, 5, 4, device=meta)),
+            norm,
+            new_ledger(KINDS["relu"], 5, meta),
+        )
+    assert y.shape == (6, 5, 4)
+    assert "layer_collapse::rectify" in called
+    assert "layer_collapse::bn_rectify" not in called
+    assert any("batch_norm" in name for name in called)

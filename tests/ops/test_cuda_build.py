@@ -21,6 +21,14 @@ def test_a_cpu_build_refuses_cuda_tensors_in_one_sentence() -> None:
         op.redispatch(keys, torch.ones(2, 3), new_ledger(KINDS["relu"], 3), 0, 1, 0.0, None, None)
 
 
+def test_batch_norms_name_what_to_call_on_cuda() -> None:
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    op = torch.ops.layer_collapse.bn_rectify.default
+    x, ledger = torch.ones(2, 3), new_ledger(KINDS["relu"], 3)
+    with pytest.raises(RuntimeError, match="torch's batch norm followed by the fused rectifier"):
+        op.redispatch(keys, x, None, None, None, None, ledger, True, 0.1, 1e-5, 0, 0.0)
+
+
 @pytest.mark.skipif(not cuda.BUILT, reason="this build has no CUDA")
 def test_a_cuda_build_registers_every_op() -> None:
     for op in cuda._OPS:

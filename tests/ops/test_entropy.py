@@ -83,12 +83,12 @@ def test_refuses(ledgers: list[Tensor], kinds: list[int], message: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS, ids=lambda kind: kind.name)
-def test_live_words_follow_every_forward(kind: Kind) -> None:
-    ledger = new_ledger(kind, 6)
+def test_live_words_follow_every_forward(kind: Kind, device: torch.device) -> None:
+    ledger = new_ledger(kind, 6, device)
     ledger[FLAGS] = COUNT | LIVE
     assert live_entropy(ledger) == (0.0, 0.0, 0)
     for _ in range(3):
-        rectify(call_of(kind, 3 * sample(5, 6)), ledger, 1)
+        rectify(call_of(kind, 3 * sample(5, 6).to(device)), ledger, 1)
         row = layer_entropies([ledger], [kind.code])[0][0]
         live = live_entropy(ledger)
         assert live.mixed == row[Column.MIXED]
@@ -97,9 +97,9 @@ def test_live_words_follow_every_forward(kind: Kind) -> None:
         assert math.isnan(live.entropy) or live.entropy_active == row[Column.ENTROPY_ACTIVE]
 
 
-def test_live_words_stay_without_the_flag() -> None:
-    ledger = new_ledger(KINDS["relu"], 6)
-    rectify(call_of(RELU, sample(5, 6)), ledger, 1)
+def test_live_words_stay_without_the_flag(device: torch.device) -> None:
+    ledger = new_ledger(KINDS["relu"], 6, device)
+    rectify(call_of(RELU, sample(5, 6).to(device)), ledger, 1)
     assert ledger[POSITIONS] == 5
     assert live_entropy(ledger) == (0.0, 0.0, 0)
 

@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 
 from layer_collapse import _C
 from layer_collapse.ops.magnitude import (
+    choose_digit,
+    magnitude_histogram,
+    magnitude_histogram_reference,
     magnitude_prune_,
     magnitude_prune_reference,
     magnitude_shares,
@@ -71,12 +74,84 @@ def test_prune_equals_a_stable_sort(case, fraction):
     assert list(map(alive_count, masks)) == expected
 
 
+@settings(max_examples=100, deadline=None)
+@given(weights_and_masks(), st.integers(0, 10**6), st.booleans())
+def test_histogram_equals_the_twin(case, pick, nan):
+    weights, masks = case
+    if nan and weights[0].numel():
+        weights[0].flatten()[0] = math.nan
+    wide = any(w.dtype == torch.float64 for w in weights) or pick % 2 == 0
+    prefix = torch.zeros(1, dtype=torch.int64)
+    for digit in range(6 if wide else 3):
+        ours = magnitude_histogram(weights, masks, prefix, digit, wide)
+        twin = magnitude_histogram_reference(weights, masks, prefix, digit, wide)
+        assert torch.equal(ours, twin)
+        counted = int(ours[:, :2048].sum())
+        left = torch.tensor([1 + pick % max(counted, 1)])  # some digit that occurs
+        prefix, _ = choose_digit(ours.sum(0), prefix, left, digit, wide)
+
+
+def magnitudes_of(weights, masks):
+    alive = [unpack_reference(m, w.shape) for w, m in zip(weights, masks, strict=True)]
+    return torch.cat([w[a].double().abs() for w, a in zip(weights, alive, strict=True)])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(weights_and_masks(), min_size=1, max_size=3), st.floats(0, 1))
+def test_histograms_of_processes_add_up_to_the_selection_of_all_weights(shards, fraction):
+    weights, masks = ([t for shard in shards for t in shard[i]] for i in range(2))
+    alive = sum(map(alive_count, masks))
+    if alive == 0:
+        return
+    k = max(1, round(fraction * alive))
+    wide = any(w.dtype == torch.float64 for w in weights)
+    prefix, left = torch.zeros(1, dtype=torch.int64), torch.tensor([k])
+    below = [torch.zeros(len(own), dtype=torch.int64) for own, _ in shards]
+    for digit in range(6 if wide else 3):
+        own = [magnitude_histogram(*shard, prefix, digit, wide) for shard in shards]
+        total = sum(h.sum(0) for h in own)  # the all-reduce
+        if digit == 0:
+            assert total[:2048].sum() == alive
+        prefix, left = choose_digit(total, prefix, left, digit, wide)
+        bucket = int(prefix) & (2047 if digit < (5 if wide else 2) else (255 if wide else 511))
+        for sums, histogram in zip(below, own, strict=True):
+            sums += histogram[:, :bucket].sum(1)
+    bits = prefix if wide else prefix.to(torch.int32)
+    kth = bits.view(torch.float64 if wide else torch.float32).double()
+    every = magnitudes_of(weights, masks)
+    assert kth == every.sort().values[k - 1]
+    assert left == k - (every < kth).sum()
+    # what a process takes: all below, and the ties that the earlier ones have left
+    ties, shares = int(left), []
+    for sums, histogram in zip(below, own, strict=True):
+        for less, equal in zip(sums.tolist(), histogram[:, bucket].tolist(), strict=True):
+            shares.append(less + min(ties, equal))
+            ties -= min(ties, equal)
+    assert shares == magnitude_shares(weights, masks, k).tolist()
+
+
+def test_histogram_refuses():
+    weights, none = [torch.ones(40)], [torch.empty(0, dtype=torch.int32)]
+    zero = torch.zeros(1, dtype=torch.int64)
+    for arguments, message in (
+        (([], [], zero, 0, False), "weights must hold at least one tensor"),
+        ((weights, none, zero, 3, False), r"digit must be 0 to 2 \(got 3\)"),
+        ((weights, none, zero, -1, True), r"digit must be 0 to 5 \(got -1\)"),
+        ((weights, none, zero.int(), 0, False), r"prefix must be one int64 \(got Int with 1"),
+        ((weights, none, torch.zeros(2).long(), 0, False), r"got Long with 2 numbers"),
+        (([torch.ones(2).double()], none, zero, 0, False), "wide must be true with a float64"),
+        ((weights, [], zero, 0, False), "masks must hold one tensor per weight"),
+    ):
+        with pytest.raises(RuntimeError, match=f"^magnitude_histogram: .*{message}"):
+            magnitude_histogram(*arguments)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_large(dtype):
+def test_large(dtype, device):
     torch.manual_seed(0)
-    weights = [torch.randn(300001).to(dtype), torch.randn(1000, 70).to(dtype)]
-    masks = [pack(torch.rand(w.shape) > 0.3) for w in weights]
-    for k in (1, 1000, 150000, sum(map(alive_count, masks))):
+    weights = [torch.randn(300001).to(device, dtype), torch.randn(1000, 70).to(device, dtype)]
+    masks = [pack(torch.rand(w.shape) > 0.3).to(device) for w in weights]
+    for k in (1, 1000, 150000, sum(alive_count(words.cpu()) for words in masks)):
         shares = magnitude_shares(weights, masks, k)
         assert torch.equal(shares, magnitude_shares_reference(weights, masks, k))
         twins = [words.clone() for words in masks]
@@ -84,13 +159,16 @@ def test_large(dtype):
         magnitude_prune_(weights, ours, shares.tolist())
         magnitude_prune_reference(weights, twins, shares.tolist())
         assert all(map(torch.equal, ours, twins))
+    prefix = torch.zeros(1, dtype=torch.int64, device=device)
+    histograms = magnitude_histogram(weights, masks, prefix, 0, True)
+    assert torch.equal(histograms, magnitude_histogram_reference(weights, masks, prefix, 0, True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ties_go_by_logical_index_in_any_layout(dtype):
+def test_ties_go_by_logical_index_in_any_layout(dtype, device):
     torch.manual_seed(0)
-    values = torch.randint(-3, 4, (8, 6, 3, 3)).to(dtype)
-    expected = pack(torch.ones(values.shape, dtype=torch.bool))
+    values = torch.randint(-3, 4, (8, 6, 3, 3)).to(device, dtype)
+    expected = pack(torch.ones(values.shape, dtype=torch.bool)).to(device)
     magnitude_prune_reference([values], [expected], [200])
     layouts = [
         values,
@@ -98,7 +176,7 @@ def test_ties_go_by_logical_index_in_any_layout(dtype):
         torch.stack([values, values], -1)[..., 1],
     ]
     for weight in layouts:
-        words = pack(torch.ones(values.shape, dtype=torch.bool))
+        words = pack(torch.ones(values.shape, dtype=torch.bool)).to(device)
         magnitude_prune_([weight], [words], [200])
         assert torch.equal(words, expected)
 
@@ -184,10 +262,10 @@ def test_empty_mask_counts_all_as_alive():
     assert magnitude_shares([torch.arange(40.0), torch.ones(2)], [none, none], 3).tolist() == [2, 1]
 
 
-def test_pruned_nan_is_ignored_and_alive_nan_refused():
-    weights = [torch.ones(40), torch.ones(40)]
+def test_pruned_nan_is_ignored_and_alive_nan_refused(device):
+    weights = [torch.ones(40, device=device), torch.ones(40, device=device)]
     weights[1][7] = math.nan
-    masks = [pack(torch.ones(40, dtype=torch.bool)) for _ in range(2)]
+    masks = [pack(torch.ones(40, dtype=torch.bool)).to(device) for _ in range(2)]
     before = [words.clone() for words in masks]
     with pytest.raises(RuntimeError, match=r"^magnitude_shares: alive .* NaN in weights\[1\]\)"):
         magnitude_shares(weights, masks, 1)
@@ -195,7 +273,7 @@ def test_pruned_nan_is_ignored_and_alive_nan_refused():
         magnitude_prune_(weights, masks, [5, 1])
     assert all(map(torch.equal, masks, before))
     magnitude_prune_(weights, masks, [5, 0])
-    masks[1] = pack(~weights[1].isnan())
+    masks[1] = pack(~weights[1].isnan().cpu()).to(device)
     assert magnitude_shares(weights, masks, 74).tolist() == [35, 39]
 
 
@@ -269,4 +347,6 @@ def test_opcheck():
     masks = [pack(torch.rand(w.shape) > 0.3) for w in weights]
     ops = torch.ops.layer_collapse
     torch.library.opcheck(ops.magnitude_shares.default, (weights, masks, 9))
+    prefix = torch.zeros(1, dtype=torch.int64)
+    torch.library.opcheck(ops.magnitude_histogram.default, (weights, masks, prefix, 1, True))
     torch.library.opcheck(ops.magnitude_prune_.default, (weights, masks, [3, 2]))

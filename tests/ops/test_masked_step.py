@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from layer_collapse import _C
 from layer_collapse.ops.masked_step import (
@@ -35,7 +36,7 @@ def random_mask(shape, sparsity, seed=0):
     return pack(torch.rand(shape, generator=generator) >= sparsity)
 
 
-def sgd_case(shape, dtype, sparsity, layout=torch.contiguous_format, seed=0):
+def sgd_case(shape, dtype, sparsity, layout=torch.contiguous_format, seed=0, device="cpu"):
     torch.manual_seed(seed)
     words = random_mask(shape, sparsity, seed)
     weight = torch.randn(shape).to(dtype)
@@ -44,7 +45,7 @@ def sgd_case(shape, dtype, sparsity, layout=torch.contiguous_format, seed=0):
         weight = weight.to(memory_format=layout)
     state = [torch.randn_like(weight).abs() for _ in range(3)]
     apply_masks_reference([weight, *state], [words] * 4)
-    return weight, grad, state, words
+    return weight.to(device), grad.to(device), [t.to(device) for t in state], words.to(device)
 
 
 def copies(*tensors):
@@ -70,10 +71,10 @@ SGD_OPTIONS = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.99])
-def test_sgd_equals_twin(dtype, shape, sparsity):
+def test_sgd_equals_twin(dtype, shape, sparsity, device):
     options = SGD_OPTIONS if math.prod(shape) < 1000 else SGD_OPTIONS[-3:]
     for kwargs in options:
-        weight, grad, (buffer, *_), words = sgd_case(shape, dtype, sparsity)
+        weight, grad, (buffer, *_), words = sgd_case(shape, dtype, sparsity, device=device)
         twin, twin_buffer = copies(weight, buffer)
         buffers, twin_buffers = ([buffer], [twin_buffer]) if kwargs["momentum"] else ([], [])
         masked_sgd_([weight], [grad], buffers, [words], lr=0.1, **kwargs)
@@ -86,12 +87,12 @@ def test_sgd_equals_twin(dtype, shape, sparsity):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("maximize", [False, True])
-def test_adamw_equals_twin(dtype, shape, amsgrad, maximize):
+def test_adamw_equals_twin(dtype, shape, amsgrad, maximize, device):
     for weight_decay, step, beta1 in [(0.0, 1, 0.9), (0.1, 7, 0.9), (0.1, 3, 0.3)]:
-        weight, grad, state, words = sgd_case(shape, dtype, 0.5)
+        weight, grad, state, words = sgd_case(shape, dtype, 0.5, device=device)
         twin, *twins = copies(weight, *state)
         kwargs = {"lr": 0.1, "weight_decay": weight_decay, "maximize": maximize, "beta1": beta1}
-        steps = [torch.tensor(float(step))]
+        steps = [torch.tensor(float(step), device=device)]
         lists = [[t] for t in state[:2]] + [[state[2]] if amsgrad else []]
         twin_lists = [[t] for t in twins[:2]] + [[twins[2]] if amsgrad else []]
         masked_adamw_([weight], [grad], *lists, [words], steps, **kwargs)
@@ -165,20 +166,20 @@ def test_lines_with_and_without_work(shape, kind, channels_last, dtype, seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nan_gradients_of_pruned_weights_do_not_spread(dtype):
-    weight, grad, state, words = sgd_case((1000,), dtype, 0.5)
+def test_nan_gradients_of_pruned_weights_do_not_spread(dtype, device):
+    weight, grad, state, words = sgd_case((1000,), dtype, 0.5, device=device)
     alive = unpack_reference(words, weight.shape)
     grad[~alive] = math.nan
     masked_sgd_([weight], [grad], state[:1], [words], lr=0.1, momentum=0.9, weight_decay=0.1)
     lists = [[t] for t in state]
-    masked_adamw_([weight], [grad], *lists, [words], [torch.tensor(1.0)], lr=0.1)
+    masked_adamw_([weight], [grad], *lists, [words], [torch.tensor(1.0, device=device)], lr=0.1)
     for tensor in (weight, *state):
         assert tensor[~alive].eq(0).all()
         assert tensor.isfinite().all()
 
 
-def test_first_step_zeroes_uninitialised_buffers():
-    weight, grad, _, words = sgd_case((200,), torch.float32, 0.9)
+def test_first_step_zeroes_uninitialised_buffers(device):
+    weight, grad, _, words = sgd_case((200,), torch.float32, 0.9, device=device)
     words[2] = 0
     apply_masks_([weight], [words])
     buffer = torch.full_like(weight, math.nan)
@@ -271,9 +272,9 @@ def test_mask_follows_logical_order(layout, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_apply_equals_twin(dtype, shape):
-    words = random_mask(shape, 0.5)
-    tensor = torch.randn(shape).to(dtype)
+def test_apply_equals_twin(dtype, shape, device):
+    words = random_mask(shape, 0.5).to(device)
+    tensor = torch.randn(shape).to(device, dtype)
     twin = tensor.clone()
     apply_masks_([tensor], [words])
     apply_masks_reference([twin], [words])
@@ -383,10 +384,23 @@ def test_opcheck(layout):
     torch.library.opcheck(ops.apply_masks_.default, ([weight, grad], [words, words]))
 
 
-def test_empty_lists():
-    masked_sgd_([], [], [], [], lr=0.1)
-    masked_adamw_([], [], [], [], [], [], [], lr=0.1)
-    apply_masks_([], [])
+def test_empty_lists_call_no_op():
+    """An op without a tensor has no device to run on; one number alone must not bring one in."""
+    called = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func)
+            return func(*args, **(kwargs or {}))
+
+    number = torch.tensor(1.0)
+    with Watch():
+        masked_sgd_([], [], [], [], lr=0.1, grad_scale=number, found_inf=number)
+        masked_adamw_([], [], [], [], [], [], [], lr=0.1, grad_scale=number, found_inf=number)
+        apply_masks_([], [])
+        assert called == []
+        apply_masks_([torch.ones(1)], [torch.zeros(1, dtype=torch.int32)])
+    assert ops.apply_masks_.default in called
 
 
 REFUSALS = [

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from layer_collapse.measure.scan import scan
 from layer_collapse.measure.tracker import track
 from layer_collapse.prune.rounds import CutError
+from layer_collapse.reduce.fold import fold
 from layer_collapse.reduce.gate import AffineGate
 from layer_collapse.reduce.linearize import linearize
 
@@ -388,3 +389,71 @@ def test_the_given_model_and_its_modes_stay(training: bool) -> None:
     with torch.no_grad():  # its weights are copies
         result.model.get_parameter("conv.weight").zero_()
     assert torch.equal(model.conv.weight, numbers["conv.weight"])
+
+
+class Stack(nn.Module):
+    """Three convolutions with rectifiers that are on throughout the data."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.conv1 = nn.Conv2d(3, 4, 3, 2, padding=1)
+        self.norm, self.act1 = nn.BatchNorm2d(4), nn.ReLU()
+        self.conv2 = nn.Conv2d(4, 5, 3, **{"padding": 1, **options})  # type: ignore[arg-type]
+        self.act2, self.drop = nn.ReLU(), nn.Dropout(0.1)
+        self.conv3 = nn.Conv2d(5, 2, 5, padding=2)
+        with torch.no_grad():
+            self.norm.bias.fill_(FAR)
+            self.conv2.weight.abs_()
+            self.conv2.bias.fill_(FAR)  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act1(self.norm(self.conv1(x)))
+        return self.conv3(self.drop(self.act2(self.conv2(x))))
+
+
+def test_padding_moves_so_that_merging_is_exact() -> None:
+    model = Stack().eval()
+    x = torch.randn(8, 3, 9, 8, generator=torch.Generator().manual_seed(7))
+    report = scan(model, [x])
+    kept = linearize(model, report, x)
+    assert kept.moved == ()
+    assert [f.rule for f in fold(kept.model, x).report.folds if f.rule == "convolution"] == []
+    moved = linearize(model, report, x, border="move")
+    assert moved.exact == ("act1", "act2")
+    assert set(moved.moved) == {("conv1", "conv2"), ("conv2", "conv3")}
+    paddings = [moved.model.get_submodule(f"conv{i}").padding for i in (1, 2, 3)]
+    assert paddings == [(1 + 2 * (1 + 2),) * 2, (0, 0), (0, 0)]
+    assert model.conv1.padding == (1, 1)
+    with torch.no_grad():
+        before, after = kept.model.eval()(x), moved.model.eval()(x)
+    assert after.shape == before.shape
+    assert not torch.allclose(after, before)  # the border has changed
+    result = fold(moved.model, x)
+    assert [type(m) for m in result.model.children()] == [nn.Conv2d]
+    with torch.no_grad():
+        assert torch.allclose(result.model(x), after, rtol=1e-4, atol=1e-3)
+
+
+def test_padding_stays_where_merging_is_exact() -> None:
+    model = Stack(padding=0).eval()
+    model.conv3 = nn.Conv2d(5, 2, 1)
+    x = torch.randn(8, 3, 11, 11, generator=torch.Generator().manual_seed(7))
+    moved = linearize(model, scan(model, [x]), x, border="move")
+    assert moved.moved == ()
+    assert "convolution" in [f.rule for f in fold(moved.model, x).report.folds]
+
+
+def test_padding_stays_where_others_read_or_pad_otherwise() -> None:
+    class Twice(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.act1(self.norm(self.conv1(x)))
+            return self.conv3(self.act2(self.conv2(y))) + y.mean()
+
+    x = torch.randn(8, 3, 9, 8, generator=torch.Generator().manual_seed(7))
+    for model in (Twice(), Stack(padding_mode="reflect")):
+        moved = linearize(model.eval(), scan(model, [x]), x, border="move")
+        pairs = {("conv2", "conv3")} if isinstance(model, Twice) else set()
+        assert set(moved.moved) == pairs
+    with pytest.raises(ValueError, match="border must be 'keep' or 'move'"):
+        linearize(model, scan(model, [x]), x, border="crop")

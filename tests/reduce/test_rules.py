@@ -20,7 +20,7 @@ def gate(scale: list[float], offset: list[float] | None = None, dim: int = 1) ->
     )
 
 
-def check(model: nn.Module, x: Tensor) -> FoldResult:
+def check(model: nn.Module, x: Tensor, border: str = "biasmap") -> FoldResult:
     """Fold in float64 and compare with the model itself."""
     torch.manual_seed(0)
     for module in model.modules():
@@ -31,7 +31,7 @@ def check(model: nn.Module, x: Tensor) -> FoldResult:
             nn.init.normal_(module.weight)
             nn.init.normal_(module.bias)
     model, x = model.double(), x.double()
-    result = fold(model, x)
+    result = fold(model, x, border=border)
     with torch.no_grad():
         expected, got = copy.deepcopy(model).eval()(x), result.model(x)
     assert float((got - expected).abs().max() / expected.abs().max()) < 1e-10
@@ -114,7 +114,7 @@ def test_gate_into_its_layer_and_identity_anywhere() -> None:
         tail=nn.Linear(4, 2),
     )
     result = check(way, torch.randn(5, 3))
-    assert sorted(rules(result)) == ["gate", "gate"]
+    assert sorted(rules(result)) == ["gate", "gate", "neurons"]
     assert left(result) == {"fc", "tail"}
 
 
@@ -146,7 +146,10 @@ def test_gate_behind_a_sum_goes_forward_where_it_can() -> None:
     padded = Way(way, a=nn.Conv2d(4, 4, 1), gate=gate(scale), out=nn.Conv2d(4, 2, 3, padding=1))
     assert rules(check(padded, torch.randn(2, 4, 5, 5))) == ["forward"]
     padded.gate.offset[1] = 6.0
-    refused = check(padded, torch.randn(2, 4, 5, 5))
+    mapped = check(padded, torch.randn(2, 4, 5, 5))
+    assert rules(mapped) == ["biasmap"]
+    assert left(mapped) == {"a", "out", "constant_bias_0"}
+    refused = check(padded, torch.randn(2, 4, 5, 5), border="refuse")
     assert "border map" in reason(refused, "forward")
     assert "not a layer with weights" in reason(refused, "gate")
     assert "gate" in left(refused)
@@ -312,6 +315,20 @@ def test_neurons_in_front_of_zero_padding_are_refused() -> None:
     assert rules(check(model, torch.randn(2, 2, 5, 5))) == ["neurons"]
 
 
+def test_one_pixel_hides_the_border_of_a_constant_branch() -> None:
+    model = Way(
+        lambda s, x: torch.tanh(x) + s.b(torch.relu(s.a(x))),
+        a=nn.Conv2d(4, 4, 1),
+        b=nn.Conv2d(4, 4, 3, padding=1),
+    )
+    with torch.no_grad():
+        model.a.weight.zero_()
+        model.a.bias.fill_(1.0)  # type: ignore[union-attr]
+    result = check(model, torch.randn(2, 4, 1, 1))
+    assert rules(result) == ["biasmap"]
+    assert len(result.report.checked_sizes) == 2  # it holds for no second size
+
+
 def test_a_border_before_the_pool_is_no_constant_of_the_neuron() -> None:
     """A mean over a border map depends on the image's size: it must not become a bias."""
     depthwise = nn.Conv2d(3, 3, 3, padding=1, groups=3)
@@ -320,7 +337,7 @@ def test_a_border_before_the_pool_is_no_constant_of_the_neuron() -> None:
     )
     with torch.no_grad():
         model[0].weight[1], model[0].bias[1] = 0, 1
-    result = check(model, torch.randn(2, 2, 5, 5))
+    result = check(model, torch.randn(2, 2, 5, 5), border="refuse")
     x = torch.randn(1, 2, 9, 4).double()
     assert torch.allclose(result.model(x), model(x), rtol=0, atol=1e-12)
 
@@ -343,7 +360,8 @@ def test_pools_that_mix_neurons_stop_the_rule(layer, pool, reader, shape) -> Non
     with torch.no_grad():
         model.a.weight[1] = 0
     result = check(model, torch.randn(shape))
-    assert (rules(result), result.report.refusals) == ([], [])
+    assert rules(result) == []
+    assert reason(result, "neurons").startswith("1 constant neurons stay")
 
 
 # Constants

@@ -16,10 +16,12 @@ from ..work import Plan, Work
 from .absorb import absorb
 from .batch_norm import batch_norm
 from .constant import constant
+from .convolution import convolution
 from .forward import forward
 from .gate import gate
 from .linear import linear
 from .neurons import neurons
+from .residual import residual
 
 Rule = Callable[[Work, fx.Node], Plan | None]
 
@@ -30,5 +32,7 @@ RULES: Mapping[str, Rule] = {
     "absorb": absorb,
     "neurons": neurons,
     "linear": linear,
+    "convolution": convolution,
+    "residual": residual,
     "forward": forward,
 }

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ...graph import BATCH_NORM, WEIGHTED
-from ..layers import affine, channel_dim
+from ..layers import affine, channel_dim, scale_and_offset
 from ..walk import above, read_elsewhere
 from ..work import Plan, Refused, Work
 
@@ -28,7 +27,8 @@ def batch_norm(work: Work, node: fx.Node) -> Plan | None:
         raise Refused(f"{type(norm).__name__} may compute something of its own")
     if work.hooked(node):
         raise Refused("it has hooks, which would not run any more; remove them first")
-    if norm.running_mean is None or norm.running_var is None:
+    pair = scale_and_offset(norm)
+    if pair is None:
         raise Refused("it has no running statistics: it normalises each batch by itself")
     if reason := work.obstacle(source):
         raise Refused(reason)
@@ -37,13 +37,7 @@ def batch_norm(work: Work, node: fx.Node) -> Plan | None:
     shape = work.shape(source)
     if channel_dim(layer, len(shape)) != 1:
         raise Refused(f"its channels are not those of {source.target!r} (shape {list(shape)})")
-    scale: Tensor = torch.rsqrt(norm.running_var + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach()
-    offset = -norm.running_mean * scale
-    if norm.bias is not None:
-        offset = offset + norm.bias.detach()
-    folded = affine(layer, scale, offset)
+    folded = affine(layer, *pair)
     if folded is None:
         raise Refused(f"{source.target!r} is a {type(layer).__name__}, which cannot take it")
     return Plan(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
+from ..channels import channels
+from ..float64 import call, widened
 from ..gate import AffineGate, ConstantBias, smallest_form
-from ..layers import is_constant
+from ..holdings import attribute
+from ..layers import is_constant, past_borders
 from ..proof import Call
-from ..walk import factors, summands
+from ..walk import factors, free_path, summands
 from ..work import Plan, Refused, Work
 
 
@@ -44,7 +48,7 @@ def _propagate(work: Work) -> dict[fx.Node, Constant]:
         if work.known(node):
             found[node] = Constant(node.meta["fold_value"])
         elif node.op == "get_attr":
-            found[node] = Constant(work.run([node], {})[node])
+            found[node] = Constant(attribute(work.module, str(node.target)))  # as it is stored
         elif work.hooked(node):
             continue
         elif _starts(work, node):
@@ -52,7 +56,7 @@ def _propagate(work: Work) -> dict[fx.Node, Constant]:
             zeros = torch.zeros_like(_sample(work, source))
             found[node] = _evaluated(work, node, {source: zeros}, frozenset([node]), False)
         elif node.all_input_nodes and all(s in found for s in node.all_input_nodes):
-            inputs = {s: found[s].value for s in node.all_input_nodes}
+            inputs = {s: widened(found[s].value) for s in node.all_input_nodes}
             origins = frozenset().union(*(found[s].origins for s in node.all_input_nodes))
             sized = any(found[s].sized for s in node.all_input_nodes)
             if origins:
@@ -86,8 +90,21 @@ def _evaluated(
         reads = [inputs[s] for s in node.all_input_nodes]
         # Uniform inputs that give a map have met a border: it depends on where the border is.
         was = max((_varying(v) for v in reads if isinstance(v, Tensor)), default=0)
-        sized = sized or _varying(value) > max(was, 1)
+        sized = sized or _varying(value) > max(was, 1) or _meets_border(work, node, reads)
     return Constant(value, origins, sized)
+
+
+def _meets_border(work: Work, node: fx.Node, reads: Sequence[object]) -> bool:
+    """Whether a uniform image gives a map at a larger size, though not at the example's."""
+    module, (given, *_) = work.called(node), reads
+    if module is None or not isinstance(given, Tensor) or _varying(given) > 1:
+        return False
+    larger = past_borders(module, tuple(given.shape))
+    if larger == tuple(given.shape):
+        return False
+    pixel = given.flatten(2)[:, :, 0].reshape(*given.shape[:2], *[1] * (given.ndim - 2))
+    with torch.no_grad():
+        return _varying(call(module, [pixel.expand(larger)])) > 1
 
 
 def _varying(value: Tensor) -> int:
@@ -151,15 +168,17 @@ def constant(work: Work, node: fx.Node) -> Plan | None:
         plan.becomes[node] = other
         plan.detail += " is zero and leaves"
     elif pair:
-        plan.becomes[node] = Call(_free(work, "constant_bias"), ConstantBias(value), other)
+        plan.becomes[node] = Call(free_path(work, "constant_bias"), ConstantBias(value), other)
         plan.detail += f" becomes a constant of shape {list(value.shape)}"
     else:
-        plan.becomes[node] = Call(_free(work, "constant_gate"), _factor(value, work, node), other)
+        plan.becomes[node] = Call(
+            free_path(work, "constant_gate"), _factor(value, work, node), other
+        )
         plan.detail += " becomes a factor"
     if known.sized or (pair and _varying(value) > 1):
         plan.rule = "biasmap"
         plan.detail += ", valid for this input size only"
-        work.sized = True
+        plan.sized = True
     return plan
 
 
@@ -167,13 +186,12 @@ def _factor(value: Tensor, work: Work, node: fx.Node) -> AffineGate:
     dims = [place for place, size in enumerate(value.shape) if size > 1]
     if len(dims) > 1:
         raise Refused(f"{node.name!r} multiplies by a constant that is not one per channel")
-    dim = (dims[0] if dims else value.ndim - 1) - value.ndim
-    scale = value.flatten().expand(work.shape(node)[dim])
+    shape, layout = work.shape(node), channels(work).layouts.get(node)
+    if dims:
+        dim = dims[0] - value.ndim
+    elif layout is not None:  # one factor for all, and the other dims may change their size
+        dim = layout.dim - len(shape)
+    else:
+        dim = 1 - len(shape) if len(shape) > 3 else -1
+    scale = value.flatten().expand(shape[dim])
     return AffineGate(scale, torch.zeros_like(scale), dim)
-
-
-def _free(work: Work, stem: str) -> str:
-    number = 0
-    while hasattr(work.module, f"{stem}_{number}"):
-        number += 1
-    return f"{stem}_{number}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from ..layers import bias_of, weight_of, with_tensors
+from ..float64 import product
+from ..layers import bias_of, stored_weight, with_tensors
 from ..walk import above, read_elsewhere
 from ..work import Plan, Refused, Work
 
@@ -30,14 +31,15 @@ def linear(work: Work, node: fx.Node) -> Plan | None:
         raise Refused(f"the value of {busy.name!r} is used elsewhere")
     if work.dtypes[f"{source.target}.weight"] != work.dtypes[f"{node.target}.weight"]:
         raise Refused(f"{source.target!r} and {node.target!r} are stored in different dtypes")
-    outer, inner, bias = weight_of(second), bias_of(first), bias_of(second)
+    outer, inner, bias = stored_weight(second), bias_of(first), bias_of(second)
     if inner is not None:
-        bias = outer @ inner if bias is None else outer @ inner + bias
-    merged = with_tensors(second, weight=outer @ weight_of(first), bias=bias)
+        moved = product(outer, inner[:, None])[:, 0]
+        bias = moved if bias is None else moved + bias
+    merged = with_tensors(second, weight=product(outer, stored_weight(first)), bias=bias)
     merged.in_features = first.in_features  # type: ignore[assignment]
     sizes = f"{first.in_features} -> {first.out_features} -> {second.out_features}"
-    before, after = outer.numel() + weight_of(first).numel(), weight_of(merged).numel()
-    entrance = source.all_input_nodes[0]
+    before = outer.numel() + stored_weight(first).numel()
+    after, entrance = stored_weight(merged).numel(), source.all_input_nodes[0]
     return Plan(
         name=str(source.target),
         detail=f"into {node.target}: {sizes}, {before} weights become {after}",
@@ -45,4 +47,5 @@ def linear(work: Work, node: fx.Node) -> Plan | None:
         target=node,
         modules={str(node.target): merged},
         becomes={(between or [source])[0]: entrance},
+        merges=True,
     )

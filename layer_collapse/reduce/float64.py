@@ -1,0 +1,105 @@
+"""Float64 on demand: a model stays in the dtypes it is stored in; what is computed with is widened.
+
+Folding composes and proves in float64, where a float32 model would need twice its size again. Here
+one module at a time is widened, and of a large weight one block of rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
+
+from .holdings import tensors
+
+#: Elements of one weight that are float64 at a time: 8 MiB.
+BLOCK = 2**20
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """A floating-point tensor in float64; itself where it is, and for any other dtype."""
+    return tensor.detach().to(torch.float64) if tensor.is_floating_point() else tensor
+
+
+def widened(value: Any) -> Any:
+    """All floating-point tensors of a nested value in float64."""
+    return tree_map(lambda leaf: wide(leaf) if isinstance(leaf, Tensor) else leaf, value)
+
+
+def call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Any:
+    """``module(*args, **kwargs)`` as if it were float64; nothing of that is left behind.
+
+    Args:
+        module: weights of any dtype; a plain Linear runs in blocks of rows, a plain Embedding looks
+            up first and widens then.
+    """
+    kwargs = kwargs or {}
+    held = tensors(module)
+    lower = {n: t for n, t in held.items() if t.is_floating_point() and t.dtype != torch.float64}
+    if not lower:
+        return module(*args, **kwargs)
+    plain = not (module._forward_hooks or module._forward_pre_hooks or kwargs)
+    if plain and type(module) is nn.Embedding and module.max_norm is None:
+        return wide(module(*args))
+    if plain and type(module) is nn.Linear and module.weight.numel() > BLOCK:
+        return _linear(args[0], module.weight, module.bias)
+    values = {name: wide(tensor) for name, tensor in lower.items()}
+    return functional_call(module, values, tuple(args), dict(kwargs))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # Made first: small results between large blocks would keep the allocator from reusing them.
+    out = x.new_empty(*x.shape[:-1], len(weight))
+    for rows in blocks(weight):
+        out[..., rows] = F.linear(x, wide(weight[rows]))
+    return out if bias is None else out.add_(wide(bias))
+
+
+def blocks(weight: Tensor) -> Iterator[slice]:
+    """Slices of rows that hold at most ``BLOCK`` elements each (or one row)."""
+    return _slices(len(weight), math.prod(weight.shape[1:]))
+
+
+def _slices(number: int, size: int) -> Iterator[slice]:
+    step = max(1, BLOCK // max(size, 1))
+    return (slice(start, min(start + step, number)) for start in range(0, number, step))
+
+
+def by_rows(weight: Tensor, compute: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """A weight of the same shape, computed from ``weight`` by rows.
+
+    Args:
+        compute: from some rows in float64, and which they are, to the new ones.
+
+    Returns:
+        In float64; of more than ``BLOCK`` elements in the dtype of ``weight``.
+    """
+    if weight.numel() <= BLOCK:
+        return compute(wide(weight), slice(0, len(weight)))
+    out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    for rows in blocks(weight):
+        out[rows] = compute(wide(weight[rows]), rows)
+    return out
+
+
+def product(outer: Tensor, inner: Tensor) -> Tensor:
+    """``outer @ inner``, two matrices, computed in float64 block by block.
+
+    Returns:
+        In float64; of more than ``BLOCK`` elements in the dtype of ``outer``.
+    """
+    shape = (outer.shape[0], inner.shape[1])
+    large = math.prod(shape) > BLOCK
+    dtype = outer.dtype if large else torch.float64
+    out = torch.empty(shape, dtype=dtype, device=outer.device)
+    for rows in blocks(outer):
+        some = wide(outer[rows])
+        for columns in _slices(inner.shape[1], max(inner.shape[0], len(some))):
+            out[rows, columns] = some @ wide(inner[:, columns])
+    return out

@@ -1,0 +1,92 @@
+"""What every way of tracing needs: example inputs, modes, the shapes of a graph's values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
+
+ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any] | None
+
+
+class TraceError(RuntimeError):
+    """A model, or a rectifier in it, that cannot be analysed; the message is one sentence."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, to be quoted in another one."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+@contextmanager
+def training_mode(model: nn.Module, mode: bool) -> Iterator[None]:
+    """Every module of ``model`` in the given mode; afterwards each is as it was."""
+    before = {module: module.training for module in model.modules()}
+    model.train(mode)
+    try:
+        yield
+    finally:
+        for module, flag in before.items():
+            module.training = flag
+
+
+def bind(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as positional and keyword arguments."""
+    if example_inputs is None:
+        return (), {}
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return tuple(example_inputs), {}
+
+
+def ordered_inputs(module: fx.GraphModule, example_inputs: ExampleInputs) -> list[Any]:
+    """Example inputs in the order of the graph's placeholders."""
+    args, kwargs = bind(example_inputs)
+    names = [node.target for node in module.graph.nodes if node.op == "placeholder"]
+    return [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]
+
+
+def owner_path(node: fx.Node) -> str:
+    """Path of the module in whose forward this node stands ("" for the root)."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [entry[0] for entry in stack.values()]
+    return str(paths[-1]) if paths else ""
+
+
+class _Shapes(fx.Interpreter):
+    """torch's ShapeProp, but for the traceback that it prints where the model does not run."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        tensors = []
+
+        def described(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            tensors.append(value)
+            return _extract_tensor_metadata(value)
+
+        meta = map_aggregate(result, described)
+        if tensors:
+            n.meta["tensor_meta"] = meta
+        return result
+
+
+def record_shapes(module: fx.GraphModule, example_inputs: ExampleInputs) -> None:
+    """Run ``module`` once in evaluation mode and note every value's shape in the graph."""
+    ordered = ordered_inputs(module, example_inputs)
+    try:
+        with torch.no_grad(), training_mode(module, False):
+            _Shapes(module).run(*ordered)
+    except Exception as error:
+        raise TraceError(
+            f"the model does not run on the example inputs ({first_line(error)}); pass inputs of "
+            "the shapes and dtypes that the model expects"
+        ) from error

@@ -1,0 +1,78 @@
+"""What ``make cuda-check`` and ``make gpu-report`` say on machines that lack what they need."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from benchmarks import gpu_report
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The module behind ``make cuda-check``, on a machine without nvcc."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    spec = importlib.util.spec_from_file_location("cuda_check", ROOT / "tests" / "cuda_check.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(module.tools, "HOME", tmp_path)
+    monkeypatch.setattr(module.tools.site, "getsitepackages", lambda: [str(tmp_path)])
+    return module
+
+
+def test_without_nvcc_a_user_is_told_so_in_one_sentence(check, monkeypatch, capsys):
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr(check, "install", lambda requirements: pytest.fail("installs nothing"))
+    with pytest.raises(SystemExit) as exit:
+        check.tools_or_exit()
+    assert exit.value.code == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("cuda-check: skipped, no nvcc found; install the CUDA toolkit")
+
+
+def test_without_nvcc_ci_tries_the_wheels_and_then_fails(check, monkeypatch, capsys):
+    monkeypatch.setenv("CI", "true")
+    tried = []
+    monkeypatch.setattr(check, "install", tried.append)
+    with pytest.raises(SystemExit) as exit:
+        check.tools_or_exit()
+    assert exit.value.code == 1
+    assert tried == ["nvcc.txt"]
+    assert capsys.readouterr().out.splitlines()[-1] == "0 passed, 1 failed"
+
+
+def test_ci_goes_on_with_the_nvcc_of_the_wheels(check, monkeypatch, tmp_path):
+    monkeypatch.setenv("CI", "true")
+    tried = []
+
+    def install(requirements: str) -> None:
+        tried.append(requirements)
+        name = {"nvcc.txt": "nvcc", "cuda.txt": "nvdisasm"}[requirements]
+        program = tmp_path / "nvidia" / "cu13" / "bin" / name
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.touch(mode=0o755)
+
+    monkeypatch.setattr(check, "install", install)
+    check.tools_or_exit()
+    assert tried == ["nvcc.txt", "cuda.txt"]
+    assert check.tools.nvcc() == tmp_path / "nvidia" / "cu13" / "bin" / "nvcc"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_report_without_a_gpu_is_one_sentence(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py", "--out", str(tmp_path)])
+    assert gpu_report.main() == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("gpu-report: needs a CUDA device")
+    assert list(tmp_path.iterdir()) == []
