@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow sanitize bench bench-quick lint format clean structure architectures cuda-check cuda-build gpu-report
+.PHONY: help demo test test-distributed slow sanitize bench bench-quick lint format clean structure architectures cuda-check cuda-build gpu-report
 
 help:
 	@echo "make demo    layers leave a small network: about a minute, results in runs/demo"
 	@echo "make test    every test but the slow ones"
+	@echo "make test-distributed  DDP, FSDP2 and tensor parallel on 2 and 4 processes, and the examples"
 	@echo "make slow    the slow ones too: full sizes"
 	@echo "make structure  public models folded, with torchvision, timm, transformers and onnxruntime (6 GB)"
 	@echo "make architectures  the same at full size, as a table (docs/architectures.md)"
@@ -42,6 +43,9 @@ demo: $(VENV)/extension
 
 test: $(VENV)/extension
 	$(BIN)/python -m pytest
+
+test-distributed: $(VENV)/extension
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
 
 slow: $(VENV)/extension
 	$(BIN)/python -m pytest -m "slow or not slow"

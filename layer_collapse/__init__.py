@@ -17,7 +17,7 @@ from .measure.scan import fingerprint, scan
 from .measure.tracker import EntropyTracker, track
 from .prune.masks import Masks
 from .prune.optim import MaskedAdamW, MaskedSGD, keep_pruned
-from .prune.rounds import CutError, Guards
+from .prune.rounds import CutError, Guards, candidate_weights, prune_round
 from .prune.strategies import EntropyGuided, GlobalMagnitude, Strategy, UniformMagnitude
 from .reduce.agreement import Agreement, agreement
 from .reduce.approximate import Fit, fit_gates
@@ -55,6 +55,7 @@ __all__ = [
     "TransferredState",
     "UniformMagnitude",
     "agreement",
+    "candidate_weights",
     "collapse",
     "fingerprint",
     "fit_gates",
@@ -62,6 +63,7 @@ __all__ = [
     "keep_pruned",
     "linearize",
     "load_folded",
+    "prune_round",
     "refresh_batch_norm",
     "remove_blocks",
     "save_folded",

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..graph import ExampleInputs, training_mode
+from ..ranks import Group, gathered
+from ..sharding import full, reshard
+from .ranks import check_equal_weights
 from .report import EntropyReport
 from .tracker import track
 
@@ -23,14 +26,16 @@ def fingerprint(model: nn.Module) -> str:
     """Hash of every parameter and buffer: name, dtype, shape and bits.
 
     A scan's report carries it, so that zero entropy certified for one set of weights is never used
-    on another. Buffers that ``state_dict`` leaves out count too: outputs depend on them.
+    on another. Buffers that ``state_dict`` leaves out count too: outputs depend on them. Parameters
+    that are spread over processes are gathered one at a time, on all of them.
     """
+    reshard(model)
     digest = hashlib.blake2b(digest_size=16)
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors.update(model.named_buffers(remove_duplicate=False))
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        flat = full(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(flat.numpy().data)
     return digest.hexdigest()
 
@@ -85,6 +90,22 @@ class _SameOutput:
         scale = max(float(self.first.abs().max()), 1e-30)
         self.same = float((logits - self.first).abs().max()) <= _EQUAL_OUTPUTS * scale
 
+    def join(self, device: torch.device, group: Group) -> None:
+        """Take in what the other processes saw."""
+        own = self.first if self.first is not None else torch.empty(0, dtype=torch.float64)
+        facts = torch.tensor([self.samples, self.same, len(own)], device=device)
+        samples, same, lengths = torch.stack(gathered(facts, group)).unbind(1)
+        longest = int(lengths.max())
+        self.samples = int(samples.sum())
+        self.same = bool(same.all()) and bool(((lengths == longest) | (lengths == 0)).all())
+        if not self.same or longest == 0:
+            return
+        padded = torch.zeros(longest, dtype=torch.float64, device=device)
+        padded[: len(own)] = own
+        firsts = torch.stack(gathered(padded, group))[lengths > 0]
+        scale = max(float(firsts[0].abs().max()), 1e-30)
+        self.same = float((firsts - firsts[0]).abs().max()) <= _EQUAL_OUTPUTS * scale
+
 
 def scan(
     model: nn.Module,
@@ -94,6 +115,7 @@ def scan(
     forward: Callable[[nn.Module, Batch], Any] | None = None,
     ignore: tuple[str, ...] | list[str] = (),
     progress: Callable[[Iterable[Batch]], Iterable[Batch]] | None = None,
+    group: Group = None,
 ) -> EntropyReport:
     """Measure a model on a whole data set and certify which rectifiers have zero entropy.
 
@@ -109,13 +131,18 @@ def scan(
         forward: calls the model on a batch and returns its logits, where the default cannot.
         ignore: rectifiers to leave out.
         progress: wraps the iterable, e.g. a progress bar.
+        group: processes that scan a part of the data each, e.g. ``torch.distributed.group.WORLD``;
+            all get the report on all of the data. A part may be empty; a model under
+            ``fully_shard`` needs equally many batches on all processes.
 
     Raises:
         ValueError: no batch, or no sample in any of them.
-        RuntimeError: the weights changed during the scan.
+        RuntimeError: the weights changed during the scan, or differ between processes.
     """
     before = fingerprint(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if group is not None:
+        check_equal_weights(before, device, group)
     outputs = _SameOutput()
     with (
         track(model, example_inputs, ignore=ignore) as tracker,
@@ -125,7 +152,9 @@ def scan(
         for batch in progress(batches) if progress else batches:
             result = forward(model, batch) if forward else call_model(model, batch, device)
             outputs.see(logits_of(result))
-        report = tracker.entropy()
+        report = tracker.entropy(group)
+    if group is not None:
+        outputs.join(device, group)
     if outputs.samples == 0:
         raise ValueError("the data to scan hold no sample; pass at least one batch")
     if fingerprint(model) != before:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
@@ -17,6 +18,7 @@ from ..graph import (
     rectifier_nodes,
     submodule,
 )
+from ..sharding import count_over_shards, local
 from .origins import Origin, Origins, call_name
 from .rectifiers import Kind, module_kind, parse_function
 
@@ -189,9 +191,11 @@ def find_sites(module: fx.GraphModule, ignore: tuple[str, ...] = ()) -> list[Sit
     return sites
 
 
-def feeding_is_empty(model: nn.Module, site: Site) -> bool:
-    """Whether every weight of the site's feeding layer is zero, so that its input is a constant."""
-    if site.feeding is None:
-        return False
-    weight = model.get_submodule(site.feeding).weight
-    return isinstance(weight, Tensor) and not bool(weight.detach().any())
+def empty_feeding(model: nn.Module, sites: Sequence[Site]) -> list[bool]:
+    """Per site whether every weight of its feeding layer is zero, so that its input is constant."""
+    weights = [
+        None if site.feeding is None else model.get_submodule(site.feeding).weight for site in sites
+    ]
+    known = [weight for weight in weights if isinstance(weight, Tensor)]
+    living = iter(count_over_shards(known, [int(local(w).detach().any()) for w in known]))
+    return [isinstance(weight, Tensor) and next(living) == 0 for weight in weights]

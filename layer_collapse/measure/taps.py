@@ -205,3 +205,14 @@ def tracked_class(original: type[nn.Module], functional: bool) -> type[nn.Module
         forward = watch_functions if functional else count
         _tracked_classes[key] = type(original.__name__, (original,), {"forward": forward})
     return _tracked_classes[key]
+
+
+def untracked_class(cls: type, ours: type, original: type) -> type:
+    """``cls``, which is ``ours`` or was derived from it, as it would be had ``ours`` not been."""
+    if cls is ours:
+        return original
+    bases = tuple(untracked_class(base, ours, original) for base in cls.__bases__)
+    if bases == cls.__bases__:
+        return cls
+    body = {key: v for key, v in vars(cls).items() if key not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, bases, body)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,11 +15,17 @@ from torch import Tensor, fx, nn
 from ..graph import ExampleInputs, TraceError, rectifier_nodes, trace
 from ..ops.entropy import LiveEntropy, live_entropy
 from ..ops.rectify import COUNT, FLAGS, LIVE, POSITIONS
+from ..ranks import Group
+from ..sharding import plain_view
 from .fusing import PAIR, Pair, find_pairs, paired_class
+from .ranks import summed_ledgers
 from .rectifiers import module_kind
 from .report import EntropyReport, measured
-from .sites import calls_per_forward, feeding_is_empty, find_sites, scope_of, source_of
-from .taps import TAP, Counter, Shared, Tap, tracked_class
+from .sites import calls_per_forward, empty_feeding, find_sites, scope_of, source_of
+from .taps import TAP, Counter, Shared, Tap, tracked_class, untracked_class
+
+if TYPE_CHECKING:
+    from ..prune.masks import Masks
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -46,8 +53,9 @@ class EntropyTracker:
         self.model = _unwrapped(model)
         if any(hasattr(module, TAP) for module in self.model.modules()):
             raise RuntimeError("the model is tracked already; call remove() on its tracker first")
-        graph = trace(self.model, example_inputs)
-        self.sites = find_sites(graph, ignore)
+        with plain_view(self.model):
+            graph = trace(self.model, example_inputs)
+            self.sites = find_sites(graph, ignore)
         if not self.sites:
             raise ValueError(
                 f"{type(self.model).__name__} has no rectifier to track; expected at least one of "
@@ -57,7 +65,7 @@ class EntropyTracker:
         self.fused: dict[str, str] = {}
         self._flags = COUNT | LIVE if live else COUNT
         self._shared = Shared()
-        self._classes: list[tuple[nn.Module, type[nn.Module]]] = []
+        self._classes: list[tuple[nn.Module, type[nn.Module], type[nn.Module]]] = []
         self._hooks: list[Any] = []
         try:
             pairs = find_pairs(graph, self.sites, self.model) if fuse_bn else {}
@@ -98,15 +106,17 @@ class EntropyTracker:
             if len(calls) > 1:
                 scope = self.model.get_submodule(scope_of(graph, calls))
                 self._hooks.append(scope.register_forward_pre_hook(tap.restart))
-            self._classes.append((module, type(module)))
-            module.__class__ = tracked_class(type(module), functional)
+            self._exchange_class(module, tracked_class(type(module), functional))
             module.__dict__[TAP] = tap
         return counters
 
+    def _exchange_class(self, module: nn.Module, ours: type[nn.Module]) -> None:
+        self._classes.append((module, ours, type(module)))
+        module.__class__ = ours
+
     def _pair(self, path: str, pair: Pair) -> None:
         norm = self.model.get_submodule(path)
-        self._classes.append((norm, type(norm)))
-        norm.__class__ = paired_class(type(norm))
+        self._exchange_class(norm, paired_class(type(norm)))
         norm.__dict__[PAIR] = pair
 
     def _watch_attention_mask(self) -> None:
@@ -165,22 +175,42 @@ class EntropyTracker:
         for counter in self._counters.values():
             change(counter.ledger)
 
-    def entropy(self) -> EntropyReport:
+    def entropy(self, group: Group = None) -> EntropyReport:
         """What was counted since the start or the last :meth:`reset`.
 
         Counts taken while weights move steer the pruning; only :func:`layer_collapse.scan`
         certifies zero entropy.
+
+        Args:
+            group: add up the counts of these processes, e.g. ``torch.distributed.group.WORLD``: one
+                all-reduce, and the same report on all of them. None: the counts of this process.
         """
+        ledgers = [self._counters[site.name].ledger for site in self.sites]
         rows = measured(
             self.sites,
-            [self._counters[site.name].ledger for site in self.sites],
-            [feeding_is_empty(self.model, site) for site in self.sites],
+            ledgers if group is None else summed_ledgers(ledgers, group),
+            empty_feeding(self.model, self.sites),
         )
         blocked = [row for row in rows if not row.way_around and row.constant]
         cut_by = "; ".join(
             f"{row.name!r} is constant and nothing leads around it" for row in blocked
         )
         return EntropyReport(tuple(rows), cut=bool(blocked), cut_by=cut_by)
+
+    def scalars(self, group: Group = None, masks: Masks | None = None) -> dict[str, float]:
+        """Numbers for any logger, by name: ``entropy/<rectifier>`` and ``entropy/mean`` in bits.
+
+        A rectifier without counts is left out. With ``masks`` also ``sparsity/<parameter>`` and
+        ``sparsity/all``. ``group``: see :meth:`entropy`.
+        """
+        rows = self.entropy(group).rows
+        known = {f"entropy/{r.name}": r.entropy for r in rows if math.isfinite(r.entropy)}
+        if known:
+            known["entropy/mean"] = sum(known.values()) / len(known)
+        if masks is not None:
+            known |= {f"sparsity/{name}": masks.sparsity([name]) for name in masks.names}
+            known["sparsity/all"] = masks.sparsity()
+        return known
 
     def live(self) -> dict[str, LiveEntropy]:
         """What the last forward made of the counts so far, by rectifier: reads three words each.
@@ -217,9 +247,12 @@ class EntropyTracker:
             counter.ledger.copy_(state[name])
 
     def remove(self) -> None:
-        """Give the model back exactly as it was; the counts stay readable."""
-        for module, original in self._classes:
-            module.__class__ = original
+        """Give the model back as it was; the counts stay readable.
+
+        What else has changed the model's classes since (``fully_shard``) stays.
+        """
+        for module, ours, original in self._classes:
+            module.__class__ = untracked_class(type(module), ours, original)
             module.__dict__.pop(TAP, None)
             module.__dict__.pop(PAIR, None)
         for hook in self._hooks:

@@ -2,7 +2,8 @@
 
 Lists run in parallel: entry i of every list belongs to weight tensor i. Weight tensors are dense in
 any order of dimensions (channels_last included), float32, float64, bfloat16 or float16; state has
-the layout and dtype of its weights; gradients may have any strides. ``masks[i]`` is
+the layout and dtype of its weights; gradients may have any strides; of DTensors the local parts are
+stepped. ``masks[i]`` is
 ``[ceil(n / 32)]`` int32, bit ``j % 32`` of word ``j / 32`` set while the weight of *logical* index
 j (C order of the shape, whatever the strides) is alive; an empty mask means that all are alive.
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from layer_collapse import _C  # noqa: F401 - registers torch.ops.layer_collapse
 from layer_collapse.ops.mutation import bump_versions
+from layer_collapse.sharding import local
 
 __all__ = [
     "apply_masks_",
@@ -66,9 +68,9 @@ def masked_sgd_(
     if not params:
         return
     torch.ops.layer_collapse.masked_sgd_(
-        params,
-        grads,
-        momentum_buffers,
+        _parts(params),
+        _parts(grads),
+        _parts(momentum_buffers),
         masks,
         lr,
         momentum,
@@ -122,11 +124,11 @@ def masked_adamw_(
     if not params:
         return
     torch.ops.layer_collapse.masked_adamw_(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        max_exp_avg_sqs,
+        _parts(params),
+        _parts(grads),
+        _parts(exp_avgs),
+        _parts(exp_avg_sqs),
+        _parts(max_exp_avg_sqs),
         masks,
         steps,
         lr,
@@ -150,8 +152,13 @@ def apply_masks_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """
     if not tensors:
         return
-    torch.ops.layer_collapse.apply_masks_(tensors, masks)
+    torch.ops.layer_collapse.apply_masks_(_parts(tensors), masks)
     bump_versions(tensors)
+
+
+def _parts(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What the ops see of tensors that may be spread over processes."""
+    return [local(tensor) for tensor in tensors]
 
 
 @torch.library.register_fake("layer_collapse::masked_sgd_")

@@ -27,6 +27,7 @@ LIVE_WORDS = slice(2, 5)
 COUNT, LIVE = 1, 2
 
 _aten = torch.ops.aten
+_functorch = torch._C._functorch
 _ops = torch.ops.layer_collapse
 
 
@@ -190,7 +191,31 @@ def count_signs(call: Call, ledger: Tensor, channel_dim: int, valid: Tensor | No
     """Add the signs of a call's input to a ledger and leave the activation to the caller."""
     # LeakyReLU has PReLU's counters and no slopes per channel
     kind = KINDS["leaky_relu"] if call.kind.name == "prelu" else call.kind
-    _ops.rectify(call.x.detach(), ledger, kind.code, channel_dim, 1.0, None, valid)
+    if not _transformed():
+        _ops.rectify(call.x.detach(), ledger, kind.code, channel_dim, 1.0, None, valid)
+        return
+    x = _below_transforms(call.x)
+    with torch._C._DisableFuncTorch():
+        _ops.rectify(x.detach(), ledger, kind.code, channel_dim, 1.0, None, valid)
+
+
+def _transformed() -> bool:
+    """Whether a function transform (torch.func.grad, jvp, vmap) is running, in eager mode."""
+    if torch.compiler.is_compiling():  # dynamo cannot look at the stack
+        return False
+    return _functorch.peek_interpreter_stack() is not None
+
+
+def _below_transforms(x: Tensor) -> Tensor:
+    """The plain tensor inside the wrappers of torch.func.grad, vjp and jvp."""
+    while _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_batchedtensor(x):
+            raise RuntimeError(
+                "rectify: a tracked rectifier cannot run under torch.func.vmap, which hides how "
+                "many samples there are; take the tracker off (remove()) around vmap"
+            )
+        x = _functorch.get_unwrapped(x)
+    return x
 
 
 def rectify(call: Call, ledger: Tensor, channel_dim: int, valid: Tensor | None = None) -> Tensor:
@@ -208,7 +233,8 @@ def rectify(call: Call, ledger: Tensor, channel_dim: int, valid: Tensor | None =
         What torch's own function returns, bit for bit, with the same strides; x itself, changed,
         for an in-place call.
     """
-    if forward_ad._current_level >= 0:  # the op passes no tangent on, torch's do
+    # The op passes no tangent on and autograd.Function no function transform; torch's own do both.
+    if forward_ad._current_level >= 0 or _transformed():
         count_signs(call, ledger, channel_dim, valid)
         return apply_torch(call)
     if call.weight is not None:

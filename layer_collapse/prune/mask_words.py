@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-__all__ = ["check_parameters", "check_words", "full_words"]
+from layer_collapse import _C
+
+__all__ = ["check_parameters", "check_words", "full_words", "packed"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _BITS = 32  # weights per word
@@ -20,6 +22,11 @@ def full_words(count: int, device: torch.device) -> Tensor:
     if rest := count % _BITS:
         words[-1] = (1 << rest) - 1
     return words
+
+
+def packed(bools: Tensor) -> Tensor:
+    """``[ceil(n / 32)]`` int32 words of n bools, on their device."""
+    return torch.from_numpy(_C.pack_mask(bools.flatten().cpu().numpy())).to(bools.device)
 
 
 def check_words(what: str, words: Tensor, count: int) -> None:

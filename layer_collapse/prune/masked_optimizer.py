@@ -12,8 +12,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from layer_collapse.ops.eager import is_unobserved
 from layer_collapse.ops.eager_step import StepPlan
 from layer_collapse.ops.masked_step import apply_masks_
-from layer_collapse.prune.mask_words import check_words
 from layer_collapse.prune.masks import Masks
+from layer_collapse.sharding import is_sharded, local
 
 __all__ = ["MaskedOptimizer", "refuse_below"]
 
@@ -130,12 +130,17 @@ class MaskedOptimizer(Optimizer):
                     self._plans[index] = self._masks.version, plan
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, plus ``["state"][i]["mask"]``: the int32 words of masked parameters."""
+        """As torch's, plus ``["state"][i]["mask"]``: the int32 words of masked parameters.
+
+        Of a DTensor it is a bool one that is spread alike, for torch.distributed.checkpoint.
+        """
         packed = super().state_dict()
         for index, parameter in enumerate(self._all_parameters()):
             words = self._masks.for_parameter(parameter)
             if words is not None:
                 state = packed["state"].get(index) or self._initial_state(parameter)
+                if is_sharded(parameter):  # torch.distributed.checkpoint takes no loose words
+                    words = self._masks.saved(self._masks.name_of(parameter) or "")
                 packed["state"][index] = {**state, "mask": words}
         return packed
 
@@ -164,8 +169,7 @@ class MaskedOptimizer(Optimizer):
                         "mask to load one (got a parameter outside Masks)"
                     )
                 what = f"{type(self).__name__}.load_state_dict: the mask of {name!r}"
-                check_words(what, state["mask"], parameter.numel())
-                words[name] = state["mask"]
+                words[name] = self._masks.as_words(what, name, state["mask"])
         super().load_state_dict(saved)
         self._masks.load_words(words)
         self._settled.clear()
@@ -209,7 +213,9 @@ class MaskedOptimizer(Optimizer):
         return words
 
     def _stamp(self, parameter: Tensor) -> _Stamp:
-        return self._masks.version, parameter._version, parameter.data_ptr()
+        part = local(parameter)  # a DTensor's own counter sees only what is done to the DTensor
+        version = part._version if part is parameter else part._version + parameter._version
+        return self._masks.version, version, part.data_ptr()
 
     def _settle(self, parameters: list[Tensor]) -> list[Tensor]:
         """Zeroes pruned weights and state that may not be zero, and lays state out as weights.

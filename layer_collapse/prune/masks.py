@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from layer_collapse import _C
 from layer_collapse.ops.magnitude import magnitude_prune_, magnitude_shares
-from layer_collapse.ops.masked_step import apply_masks_
-from layer_collapse.prune.mask_words import check_parameters, check_words, full_words
+from layer_collapse.prune.mask_bits import MaskBits
+from layer_collapse.prune.mask_words import check_parameters, packed
+from layer_collapse.prune.shard_select import prune_spread_, spread_shares
+from layer_collapse.sharding import is_sharded, local_part
 
 __all__ = ["Masks"]
 
 
-class Masks:
+class Masks(MaskBits):
     """One bit per weight for a set of named parameters; parameters and modules stay as they are.
 
     Nothing is renamed, wrapped or hooked: ``state_dict`` keys, ``deepcopy``, DDP and export see an
@@ -27,6 +28,10 @@ class Masks:
     Every change of the bits also zeroes the weights; the masked optimisers notice that by the
     weights' version counters and clear the state of the newly pruned before their next step.
 
+    Of a parameter that is spread over processes (a DTensor, as FSDP2 and tensor parallel make them)
+    each process holds the bits of its own part. Numbers and choices are then those of the whole
+    tensor, equal on all processes, and what says so must be called on all of them.
+
     Args:
         named_parameters: name to parameter, e.g. ``dict(model.named_parameters())`` or some of
             them; float32, float64, bfloat16 or float16. All weights start alive.
@@ -35,58 +40,6 @@ class Masks:
         ValueError: no parameters, or one parameter under two names.
         TypeError: something that is no parameter, or of another dtype.
     """
-
-    def __init__(self, named_parameters: Mapping[str, Parameter]) -> None:
-        self._parameters = check_parameters("Masks", named_parameters)
-        self._names: dict[Tensor, str] = {p: name for name, p in self._parameters.items()}
-        self._words = {
-            name: full_words(parameter.numel(), parameter.device)
-            for name, parameter in self._parameters.items()
-        }
-        self._version = 0
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The parameters' names, in the order given."""
-        return tuple(self._parameters)
-
-    @property
-    def version(self) -> int:
-        """A number that grows with every change of the bits."""
-        return self._version
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether every weight is alive."""
-        return all(self.alive(name) == p.numel() for name, p in self._parameters.items())
-
-    def alive(self, name: str) -> int:
-        """Number of weights of ``name`` that are alive."""
-        return _C.count_alive(self.words(name).cpu().numpy())
-
-    def sparsity(self, names: Iterable[str] | None = None) -> float:
-        """Pruned share of the weights of ``names`` (default: all), in [0, 1]; 0.0 of no weights."""
-        chosen = self.names if names is None else tuple(names)
-        total = sum(self._parameter(name).numel() for name in chosen)
-        return 1.0 - sum(map(self.alive, chosen)) / total if total else 0.0
-
-    def bool_mask(self, name: str) -> Tensor:
-        """A new bool tensor of the parameter's shape on its device, True = alive."""
-        parameter = self._parameter(name)
-        flat = _C.unpack_mask(self.words(name).cpu().numpy(), parameter.numel())
-        return torch.from_numpy(flat).view(parameter.shape).to(parameter.device)
-
-    def words(self, name: str) -> Tensor:
-        """The live ``[ceil(n / 32)]`` int32 words, on the parameter's device; not to be written."""
-        parameter = self._parameter(name)
-        if self._words[name].device != parameter.device:
-            self._words[name] = self._words[name].to(parameter.device)
-        return self._words[name]
-
-    def for_parameter(self, parameter: Tensor) -> Tensor | None:
-        """The words of this very tensor (by identity), or None if it has no mask."""
-        name = self.name_of(parameter)
-        return None if name is None else self.words(name)
 
     def shares(self, k: int, names: Sequence[str] | None = None) -> dict[str, int]:
         """How many of the k smallest alive weights over ``names`` (default: all) lie in each.
@@ -102,13 +55,17 @@ class Masks:
         weights = [self._parameter(name) for name in chosen]
         if len(set(chosen)) != len(chosen):
             raise ValueError(f"Masks.shares: names must differ (got {', '.join(chosen)})")
-        alive = sum(map(self.alive, chosen))
+        alive = sum(self._alive(chosen))
         if not 0 <= k <= alive:
             raise ValueError(
                 f"Masks.shares: k must lie between 0 and the {alive} alive weights (got {k})"
             )
         if k == 0:
             return dict.fromkeys(chosen, 0)
+        if any(map(is_sharded, weights)):
+            self._refuse_nan("Masks.shares", chosen)
+            counts = spread_shares(weights, [self.words(name) for name in chosen], k)
+            return dict(zip(chosen, counts.tolist(), strict=True))
         try:
             counts = magnitude_shares(weights, [self.words(name) for name in chosen], k)
         except RuntimeError:
@@ -125,9 +82,8 @@ class Masks:
             ValueError: a count that is not between 0 and the alive weights, or an alive NaN. No
                 bit and no weight has changed then.
         """
-        for name, count in counts.items():
-            self._parameter(name)
-            if not 0 <= count <= (alive := self.alive(name)):
+        for (name, count), alive in zip(counts.items(), self._alive(tuple(counts)), strict=True):
+            if not 0 <= count <= alive:
                 raise ValueError(
                     f"Masks.prune_: the count of {name!r} must lie between 0 and its {alive} alive "
                     f"weights (got {count})"
@@ -135,16 +91,22 @@ class Masks:
         names = [name for name, count in counts.items() if count > 0]
         weights = [self._parameters[name] for name in names]
         words = [self.words(name) for name in names]
-        try:
-            magnitude_prune_(weights, words, [counts[name] for name in names])
-        except RuntimeError:
+        if any(map(is_sharded, weights)):
             self._refuse_nan("Masks.prune_", names)
-            raise
+            prune_spread_(weights, words, [counts[name] for name in names])
+        else:
+            try:
+                magnitude_prune_(weights, words, [counts[name] for name in names])
+            except RuntimeError:
+                self._refuse_nan("Masks.prune_", names)
+                raise
         self._changed(names)
 
     @torch.no_grad()
     def prune_where_(self, name: str, pruned: Tensor) -> None:
         """Prunes the weights of ``name`` where ``pruned`` (bool, the parameter's shape) is True.
+
+        ``pruned`` may be spread over processes or whole.
 
         Weights that are pruned already stay so.
 
@@ -158,28 +120,17 @@ class Masks:
                 f"Masks.prune_where_: the mask of {name!r} must be bool of shape "
                 f"{list(parameter.shape)} (got {pruned.dtype} of {list(pruned.shape)})"
             )
-        kept = _C.pack_mask((~pruned).flatten().cpu().numpy())
-        self.words(name).bitwise_and_(torch.from_numpy(kept).to(parameter.device))
+        self.words(name).bitwise_and_(packed(~local_part(pruned, parameter)))
         self._changed([name])
 
-    @torch.no_grad()
-    def apply_(self) -> None:
-        """Writes 0.0 into every pruned weight."""
-        self._apply(self.names)
-
-    def check_(self) -> None:
-        """Raises RuntimeError, with name and number, if a pruned weight is not 0.0."""
-        for name, parameter in self._parameters.items():
-            alive = self.bool_mask(name)
-            if revived := int(((parameter.detach() != 0) & ~alive).sum()):
-                raise RuntimeError(
-                    f"Masks.check_: pruned weights must be 0.0 (got {revived} others in {name!r})"
-                )
-
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Copies: ``{"words": {name: int32 words on the CPU}, "shapes": {name: sizes}}``."""
+        """Copies: ``{"words": {name: int32 words on the CPU}, "shapes": {name: sizes}}``.
+
+        In the place of the words of a DTensor stands :meth:`bool_mask`, a byte per weight, which
+        torch.distributed.checkpoint can save and load on another number of processes.
+        """
         return {
-            "words": {name: self.words(name).detach().cpu().clone() for name in self.names},
+            "words": {name: self.saved(name) for name in self.names},
             "shapes": {name: list(p.shape) for name, p in self._parameters.items()},
         }
 
@@ -213,14 +164,20 @@ class Masks:
     def load_words(self, words: Mapping[str, Tensor]) -> None:
         """Takes over the bits of some parameters, in place, and zeroes what is pruned.
 
+        Args:
+            words: per name int32 words, or a bool tensor of the parameter's shape (True = alive),
+                spread over processes or whole.
+
         Raises:
             KeyError: an unknown name.
-            ValueError: another size or dtype than int32, or bits beyond the last weight. Nothing
-                has changed then.
+            ValueError: another size or dtype, or bits beyond the last weight. Nothing has changed
+                then.
         """
-        for name, new in words.items():
-            check_words(f"Masks: the words of {name!r}", new, self._parameter(name).numel())
-        for name, new in words.items():
+        new_words = {
+            name: self.as_words(f"Masks: the words of {name!r}", name, new)
+            for name, new in words.items()
+        }
+        for name, new in new_words.items():
             self.words(name).copy_(new)
         self._changed(list(words))
 
@@ -232,6 +189,8 @@ class Masks:
 
     def rebind(self, named_parameters: Mapping[str, Parameter]) -> None:
         """Moves the bits to the parameters of another model, e.g. a deep copy, and applies them.
+
+        Also to this model's own after ``fully_shard``: each process then keeps its part of them.
 
         Raises:
             ValueError: names or shapes differ (further names are ignored); nothing has changed.
@@ -249,33 +208,9 @@ class Masks:
                     f"Masks.rebind: {name!r} must have shape {list(self._parameters[name].shape)} "
                     f"(got {list(parameter.shape)})"
                 )
+        for name, parameter in new.items():
+            if is_sharded(parameter) or is_sharded(self._parameters[name]):
+                self._words[name] = packed(local_part(self.bool_mask(name), parameter))
         self._parameters = new
         self._names = {parameter: name for name, parameter in new.items()}
         self._changed(self.names)
-
-    def name_of(self, parameter: Tensor) -> str | None:
-        """The name of this very tensor (by identity), or None if it has no mask."""
-        return self._names.get(parameter)
-
-    def __repr__(self) -> str:
-        return f"Masks({len(self._parameters)} parameters, {self.sparsity():.2%} pruned)"
-
-    def _parameter(self, name: str) -> Parameter:
-        if name not in self._parameters:
-            raise KeyError(f"Masks: unknown parameter (got {name!r})")
-        return self._parameters[name]
-
-    def _refuse_nan(self, method: str, names: Iterable[str]) -> None:
-        """After an op has refused: it knows a NaN's position in a list, people know the name."""
-        for name in names:
-            if bool((self._parameters[name].detach().isnan() & self.bool_mask(name)).any()):
-                raise ValueError(f"{method}: alive weights must not be NaN (got NaN in {name!r})")
-
-    def _changed(self, names: Sequence[str]) -> None:
-        self._version += 1
-        self._apply(names)
-
-    def _apply(self, names: Sequence[str]) -> None:
-        with torch.no_grad():
-            weights = [self._parameters[name] for name in names]
-            apply_masks_(weights, [self.words(name) for name in names])

@@ -17,8 +17,9 @@ from torch import nn
 from ..graph import BATCH_NORM
 from ..measure.report import NONFINITE, UNMEASURED, EntropyReport
 from ..measure.sites import Site
+from ..sharding import full, reshard
 from .masks import Masks
-from .strategies import PrunableLayer, Strategy
+from .strategies import EntropyGuided, PrunableLayer, Strategy
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Guards:
             raise ValueError(
                 f"expected floor >= 1 and max_emptied >= 0 (got {self.floor}, {self.max_emptied})"
             )
+
+
+_BY_ENTROPY, _GUARDS = EntropyGuided(), Guards()
 
 
 class CutError(RuntimeError):
@@ -77,7 +81,8 @@ def prunable_layers(
             )
         weight = model.get_parameter(name).detach()
         alive = masks.alive(name)
-        total = float(weight.abs().sum(dtype=torch.float64))
+        # gathered, because the order of the sum decides its last bits and they the budget
+        total = float(full(weight).abs().sum(dtype=torch.float64))
         if not math.isfinite(total):
             raise ValueError(f"weights of {name!r} are not finite; the training has diverged")
         layers.append(
@@ -161,7 +166,7 @@ def reset_dead_batch_norms(model: nn.Module, sites: Sequence[Site]) -> list[str]
         assert isinstance(weight, torch.Tensor)
         if isinstance(feeding, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
             continue  # its filters lie on dim 1 and per group; the next training epoch refreshes
-        dead = ~weight.flatten(1).any(1)
+        dead = ~full(weight).flatten(1).any(1)
         norms = [model.get_submodule(path) for path in site.norm]
         if not norms or not isinstance(norms[0], BATCH_NORM) or not bool(dead.any()):
             continue
@@ -169,7 +174,7 @@ def reset_dead_batch_norms(model: nn.Module, sites: Sequence[Site]) -> list[str]
         if norm.running_mean is None or norm.running_var is None:
             continue
         bias = feeding.bias if isinstance(feeding.bias, torch.Tensor) else torch.zeros(len(dead))
-        norm.running_mean[dead] = bias.to(norm.running_mean)[dead]
+        norm.running_mean[dead] = full(bias).to(norm.running_mean)[dead]
         norm.running_var[dead] = 0.0
         changed.append(site.norm[0])
     return changed
@@ -181,10 +186,22 @@ def prune_round(
     report: EntropyReport,
     sites: Sequence[Site],
     fraction: float,
-    strategy: Strategy,
-    guards: Guards,
+    strategy: Strategy = _BY_ENTROPY,
+    guards: Guards = _GUARDS,
 ) -> dict[str, int]:
     """Prune once: plan, clear the mask bits, zero the weights, reset dead batch norms.
+
+    With several processes, ``report`` must be that of all of them (``tracker.entropy(group)``): the
+    same weights then go everywhere.
+
+    Args:
+        model: whose layers were tracked.
+        masks: of :func:`candidate_weights`, or of some of them.
+        report: entropies since the last round.
+        sites: ``tracker.sites``.
+        fraction: of the weights alive in the layers with H > 0, above 0 and below 1.
+        strategy: how many weights each layer loses.
+        guards: what must not happen.
 
     Returns:
         Number of weights pruned by parameter name.
@@ -198,6 +215,7 @@ def prune_round(
             f"the network is cut ({report.cut_by}): its output is constant and its entropies say "
             "nothing; go back to the round before and prune less"
         )
+    reshard(model)
     layers = prunable_layers(model, masks, report, guards)
     counts = plan(layers, fraction, strategy, masks, guards)
     masks.prune_(counts)

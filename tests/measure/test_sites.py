@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from layer_collapse import models
 from layer_collapse.graph import TraceError, trace
-from layer_collapse.measure.sites import Site, feeding_is_empty, find_sites
+from layer_collapse.measure.sites import Site, empty_feeding, find_sites
 
 B, T = 2, 5  # samples and tokens: no number of channels below equals them
 
@@ -333,12 +333,12 @@ def test_the_models_of_the_package(name: str) -> None:
 def test_empty_means_that_every_feeding_weight_is_zero() -> None:
     model = Layers(lambda m, x: m.act(m.linear(x)) + m.act2(m.other(x) + x[:, :1]))
     first, second = find_sites(trace(model))
-    assert not feeding_is_empty(model, first)
+    assert not empty_feeding(model, [first])[0]
     with torch.no_grad():
         model.linear.weight.zero_()
         model.other.weight.zero_()
-    assert feeding_is_empty(model, first)  # a bias may stay
-    assert not feeding_is_empty(model, second)  # a sum has no feeding layer
+    assert empty_feeding(model, [first])[0]  # a bias may stay
+    assert not empty_feeding(model, [second])[0]  # a sum has no feeding layer
     with torch.no_grad():
         model.linear.weight[3, 2] = -1e-30
-    assert not feeding_is_empty(model, first)
+    assert not empty_feeding(model, [first])[0]

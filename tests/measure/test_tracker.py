@@ -1054,3 +1054,47 @@ def test_entropy_is_that_of_summed_counts() -> None:
         assert tracker.entropy()["1"].entropy == 0
         model(-torch.ones(8, 1))
         assert tracker.entropy()["1"].entropy == 1.0  # the mean of the two batches is 0
+
+
+# Function transforms
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6), nn.GELU(), nn.Linear(6, 1))
+
+
+def test_function_transforms_count_once_per_forward() -> None:
+    x = torch.randn(7, 4)
+    model, plain = small(), small()
+    names = dict(model.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], module: nn.Module = model) -> Tensor:
+        return torch.func.functional_call(module, parameters, (x,)).square().sum()
+
+    def of_plain(parameters: dict[str, Tensor]) -> Tensor:
+        return loss(parameters, plain)
+
+    def curvature(parameters: dict[str, Tensor], f: Any) -> Tensor:
+        return torch.func.grad(f)(parameters)["0.weight"].sum()
+
+    def transforms(module: nn.Module, f: Any) -> list[Callable[[], Any]]:
+        return [
+            lambda: torch.func.functional_call(module, names, (x,)),
+            lambda: torch.func.grad(f)(names),
+            lambda: torch.func.jvp(f, (names,), (names,)),
+            lambda: torch.func.grad(curvature)(names, f),
+        ]
+
+    with track(model) as tracker:
+        for ours, theirs in zip(transforms(model, loss), transforms(plain, of_plain), strict=True):
+            torch.testing.assert_close(ours(), theirs(), rtol=0, atol=0)
+            assert {row.positions for row in tracker.entropy()} == {7}
+            tracker.reset()
+
+
+def test_vmap_is_refused_in_one_sentence() -> None:
+    model = small()
+    with track(model), pytest.raises(RuntimeError, match=r"cannot run under torch\.func\.vmap"):
+        torch.func.vmap(model)(torch.randn(7, 4))
+    assert torch.func.vmap(model)(torch.randn(7, 4)).shape == (7, 1)

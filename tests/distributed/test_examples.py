@@ -1,0 +1,61 @@
+"""Every example runs as its docstring says, here with few steps."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed.checkpoint as dcp
+
+_ROOT = Path(__file__).parents[2]
+_EXAMPLES = sorted(path.stem for path in (_ROOT / "examples").glob("*.py"))
+
+
+def _run(name: str, *arguments: str) -> str:
+    source = (_ROOT / "examples" / f"{name}.py").read_text()
+    command = re.search(r"^(?:python|torchrun) .*$", source, re.MULTILINE)
+    assert command, f"examples/{name}.py does not say how to run it"
+    program, *rest = command[0].split()
+    starts = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}[program]
+    done = subprocess.run(
+        [sys.executable, *starts, *rest, *arguments],
+        cwd=_ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_is_tried() -> None:
+    assert _EXAMPLES == ["ddp", "fsdp2", "plain"]
+
+
+@pytest.mark.parametrize("name", _EXAMPLES)
+def test_example(name: str, tmp_path: Path) -> None:
+    more = ["--checkpoint", str(tmp_path / "saved")] if name == "fsdp2" else []
+    out = _run(name, "--rounds", "2", "--epochs", "2", *more)
+    assert re.findall(r"^round (\d)", out, re.MULTILINE) == ["0", "1", "2"]  # one rank prints
+    gone, of, right = re.search(
+        r"^(\d) of (\d) rectifiers have gone; (.*)% right", out, re.M
+    ).groups()
+    assert int(of) == 4
+    assert 1 <= int(gone) <= 4
+    assert float(right) > 80
+    if more:
+        saved = dcp.FileSystemReader(tmp_path / "saved").read_metadata().state_dict_metadata
+        assert "masks.words.blocks.0.fc1.weight" in saved
+
+
+def test_the_training_code_is_short() -> None:
+    for name in _EXAMPLES:
+        source = (_ROOT / "examples" / f"{name}.py").read_text()
+        body = source[source.index("def main(") : source.index("    tracker.remove()")]
+        assert len(body.splitlines()) <= 30, name
