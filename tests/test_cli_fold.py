@@ -136,6 +136,25 @@ def test_options_reach_the_fold(folder: Path, monkeypatch, capsys) -> None:  # t
     assert capsys.readouterr().err == "layer-collapse: --samples must be 1 or more (got 0)\n"
 
 
+def test_gates_within_an_error_and_the_distance_to_the_original(folder: Path) -> None:
+    with np.load(folder / "digits.npz") as arrays:
+        np.savez(folder / "others.npz", x=arrays["x"][:40] + 0.01)
+    options = ("--max-error", "0.9", "--held-out", "others.npz", "--samples", "4")
+    done = fold(folder, "--out", "near.safetensors", "--json", *options)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(done.stdout)
+    assert set(content["error"]) == set(content["linearized"]["approximate"]) != set()
+    assert all(0 < error <= 0.9 for error in content["error"].values())
+    near = content["agreement"]
+    assert (near["samples"], near["held_out"]) == (40, "others.npz")
+    assert 0 < near["relative"] < 1
+    plain = fold(folder, "--out", "exact.safetensors", "--always-fold")
+    assert "the same class as the original on 100.00% of 1797 scanned samples" in plain.stdout
+    bad = fold(folder, "--out", "bad.safetensors", "--max-error", "-1")
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr == "layer-collapse: --max-error must be 0 or more (got -1.0)\n"
+
+
 def test_without_onnx_one_sentence_says_what_to_install(folder: Path, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", list(sys.path))

@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..files import write_atomically
 from ..measure.report import NONFINITE
+from ..reduce.agreement import Agreement, agreement
+from ..reduce.approximate import fit_gates
 from ..reduce.fold import fold
 from ..reduce.latency import compare
 from ..reduce.linearize import linearize
@@ -19,7 +21,7 @@ from ..reduce.proof import difference
 from ..reduce.saving import save_folded
 from ..reduce.work import BORDERS
 from .console import log, print_json, results
-from .models import add_model_arguments, scanned
+from .models import add_model_arguments, read_samples, scanned
 
 #: Largest relative difference to onnxruntime that float32 (and anything narrower) may show.
 _ONNX_LIMIT = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -41,6 +43,18 @@ def add_command(commands: Any) -> None:
         type=float,
         metavar="BITS",
         help="also linearise rectifiers of at most BITS of entropy; changes the outputs",
+    )
+    parser.add_argument(
+        "--max-error",
+        type=float,
+        metavar="E",
+        help="also replace rectifiers by a fitted gate whose root mean square error is at most E "
+        "times their output; changes the outputs",
+    )
+    parser.add_argument(
+        "--held-out",
+        metavar="NAME|FILE",
+        help="samples that were not scanned, as for --data, on which to compare with the original",
     )
     parser.add_argument(
         "--samples",
@@ -74,11 +88,21 @@ def _fold(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--samples must be 1 or more (got {arguments.samples})")
     if arguments.onnx is not None:
         _need_onnx()  # before minutes of work
-    model, example, report = scanned(arguments)
+    if arguments.max_error is not None and not arguments.max_error >= 0:
+        raise ValueError(f"--max-error must be 0 or more (got {arguments.max_error})")
+    model, batches, report = scanned(arguments)
+    example, held_out = batches[0], batches
+    if arguments.held_out is not None:
+        x, _ = read_samples(arguments.held_out, arguments.data_root, {})
+        held_out = list(x.split(arguments.batch))
     for row in report:
         if row.state == NONFINITE:
             raise ValueError(f"rectifier {row.name!r} saw NaN; check the weights and the data")
-    linear = linearize(model, report, example, tolerance=arguments.tolerance)
+    fits = {}
+    if arguments.max_error is not None:
+        fits = fit_gates(model, batches, example)
+        fits = {name: fit for name, fit in fits.items() if fit.relative <= arguments.max_error}
+    linear = linearize(model, report, example, tolerance=arguments.tolerance, fits=fits)
     example = example[: arguments.samples]
     result = fold(
         linear.model,
@@ -92,12 +116,15 @@ def _fold(arguments: argparse.Namespace) -> int:
     result.report.latency = latency
     exported = None if arguments.onnx is None else export(result.model, example, arguments.onnx)
     gone = (*linear.exact, *linear.approximate)
+    near = agreement(model, result.model, held_out)
     if arguments.json:
         print_json(
             {
                 "entropy": report.to_dict(),
                 "linearized": {"exact": linear.exact, "approximate": linear.approximate},
                 "kept": linear.kept,
+                "error": {name: fit.relative for name, fit in linear.fits.items()},
+                "agreement": {**vars(near), "held_out": arguments.held_out},
                 "fold": result.report.to_dict(),
                 "latency_ms": vars(latency),
                 "file": str(arguments.out),
@@ -106,13 +133,26 @@ def _fold(arguments: argparse.Namespace) -> int:
         )
     else:
         gone_text = f"{len(gone)} of {len(report)} rectifiers left the network"
-        lines = [str(report), gone_text, str(result.report), f"saved to {arguments.out}"]
+        lines = [str(report), gone_text]
+        lines += [
+            f"{name}: error of its gate {fit.relative:.3g}" for name, fit in linear.fits.items()
+        ]
+        lines += [str(result.report), _agreement_text(near, arguments.held_out)]
+        lines.append(f"saved to {arguments.out}")
         if exported is not None:
             lines.append(_exported_text(arguments.onnx, exported))
         results.print("\n".join(lines), markup=False, soft_wrap=True)
     if not gone:
         log("no rectifier has zero entropy, so no layer left the network")
     return 0 if gone else 1
+
+
+def _agreement_text(near: Agreement, held_out: str | None) -> str:
+    return (
+        f"the same class as the original on {near.same_class:.2%} of {near.samples} "
+        f"{'held-out' if held_out else 'scanned'} samples; logits moved by {near.relative:.1e} of "
+        f"their size, {near.max_abs:.1e} at most"
+    )
 
 
 def _need_onnx() -> None:

@@ -88,7 +88,7 @@ def _read_weights(path: Path | None) -> tuple[dict[str, Tensor] | None, dict[str
     return tensors, {}
 
 
-def _samples(
+def read_samples(
     choice: str | None, root: Path | None, settings: dict[str, Any]
 ) -> tuple[Tensor, int | None]:
     """The inputs to scan, [N, ...], and the number of classes where that is known."""
@@ -160,7 +160,7 @@ def _build(
 def _load(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor, list[Tensor]]:
     """The model with its weights, example inputs and batches to scan."""
     state, settings = _read_weights(arguments.weights)
-    x, classes = _samples(arguments.data, arguments.data_root, settings)
+    x, classes = read_samples(arguments.data, arguments.data_root, settings)
     model = _build(arguments.model, settings, x, classes)
     if state is not None:
         try:
@@ -173,13 +173,13 @@ def _load(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor, list[Tensor
     return model.eval(), x[: arguments.batch], list(x.split(arguments.batch))
 
 
-def scanned(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor, Any]:
-    """The model, a batch of its inputs, and the report of the scan."""
+def scanned(arguments: argparse.Namespace) -> tuple[nn.Module, list[Tensor], Any]:
+    """The model, the batches of its inputs, and the report of the scan."""
     model, example, batches = _load(arguments)
     report = scan(
         model, batches, example, progress=lambda them: progress(them, "scan", len(batches))
     )
-    return model, example, report
+    return model, batches, report
 
 
 def _measure(arguments: argparse.Namespace) -> int:
