@@ -19,6 +19,8 @@ from .prune.masks import Masks
 from .prune.optim import MaskedAdamW, MaskedSGD, keep_pruned
 from .prune.rounds import CutError, Guards, candidate_weights, prune_round
 from .prune.strategies import EntropyGuided, GlobalMagnitude, Strategy, UniformMagnitude
+from .reduce.agreement import Agreement, agreement
+from .reduce.approximate import Fit, fit_gates
 from .reduce.blocks import BlockRemoval, remove_blocks
 from .reduce.fold import FoldResult, fold
 from .reduce.gate import AffineGate
@@ -31,12 +33,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AffineGate",
+    "Agreement",
     "BlockRemoval",
     "CollapseResult",
     "CutError",
     "EntropyGuided",
     "EntropyReport",
     "EntropyTracker",
+    "Fit",
     "FoldResult",
     "GlobalMagnitude",
     "Guards",
@@ -50,9 +54,11 @@ __all__ = [
     "TraceError",
     "TransferredState",
     "UniformMagnitude",
+    "agreement",
     "candidate_weights",
     "collapse",
     "fingerprint",
+    "fit_gates",
     "fold",
     "keep_pruned",
     "linearize",
