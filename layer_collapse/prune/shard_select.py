@@ -5,91 +5,93 @@ digits of its own part, the counts are added up, and all processes take the same
 left to say is which of the weights of exactly that magnitude go, and their indices in the whole
 tensor are selected in the same way. So the choice is the one that a single process would make.
 
-Costs 4 bytes per alive weight of the local parts (8 for float64) while it runs, and per tensor
-16 KB of all-reduce for each of 3 digits (6 for float64), whatever the size of the tensor.
+Costs, per tensor, 16 KB of all-reduce for each of 3 digits (6 for float64), whatever its size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops.magnitude import magnitude_prune_
+from ..ops.magnitude import magnitude_histogram, magnitude_prune_
 from ..ops.masked_step import unpack_reference
 from ..sharding import global_index, local, sum_over_shards
 
 __all__ = ["prune_spread_", "spread_shares"]
 
 _DIGIT = 11  # bits
+_BUCKETS = 1 << _DIGIT
+
+#: ``count(i, prefix, digit)``: how many local keys of tensor i whose digits before this one are
+#: ``prefix`` ([] int64) fall into each bucket, [2048] int64.
+_Count = Callable[[int, Tensor, int], Tensor]
 
 
-def _magnitude_keys(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[list[Tensor], int]:
-    """Per tensor the alive local magnitudes as integers of the same order, and their bits."""
-    wide = any(weight.dtype == torch.float64 for weight in weights)
-    number, key = (torch.float64, torch.int64) if wide else (torch.float32, torch.int32)
-    keys = []
-    for weight, words in zip(weights, masks, strict=True):
-        part = local(weight).detach()
-        alive = part.flatten()[unpack_reference(words, part.shape).flatten()]
-        keys.append(alive.to(number).abs().view(key))
-    return keys, 63 if wide else 31
+class _Cut(NamedTuple):
+    """Where the k smallest keys of every row end; R rows, T tensors, all int64."""
+
+    key: Tensor  # [R], the k-th smallest
+    equal_taken: Tensor  # [R], how many keys that are equal to it belong to the k
+    here: Tensor  # [T, 2], local keys below it and equal to it
+    everywhere: Tensor  # [T, 2], the same over all processes
 
 
-def _kth_smallest(
-    tensors: Sequence[Tensor], keys: Sequence[Tensor], rows: Tensor, ks: Tensor, bits: int
-) -> tuple[Tensor, Tensor]:
-    """The ``ks[r]``-th smallest key (from 1) over all processes, among the tensors of each row r.
+def _cut(tensors: Sequence[Tensor], count: _Count, rows: Tensor, ks: Tensor, bits: int) -> _Cut:
+    """Finds the ``ks[r]``-th smallest key (from 1) among the tensors of each row r.
 
     Args:
-        tensors: T tensors that say how keys are spread.
-        keys: per tensor the local keys, non-negative integers below ``2 ** bits``.
+        tensors: T tensors that say how their keys are spread.
         rows: [T] int64, the row that each tensor belongs to.
         ks: [R] int64, each between 1 and the number of keys of its row.
-
-    Returns:
-        The keys, [R] int64, and how many keys of exactly that value are among the k, [R] int64.
+        bits: of a key; digits of 11 from the top, the last one may have fewer.
     """
-    found, left = torch.zeros_like(ks), ks.clone()
-    while bits > 0:
-        digit = min(_DIGIT, bits)
-        bits -= digit
-        counts = ks.new_zeros(len(tensors), 1 << digit)
-        for tensor, own in enumerate(keys):
-            own = own[own >> (bits + digit) == found[rows[tensor]]]
-            counts[tensor] = torch.bincount(
-                (own >> bits) & ((1 << digit) - 1), minlength=1 << digit
-            )
-        counts = sum_over_shards(tensors, counts)
-        up_to = ks.new_zeros(len(ks), 1 << digit).index_add_(0, rows, counts).cumsum(1)
-        value = (up_to < left[:, None]).sum(1, keepdim=True)
-        left -= torch.where(value > 0, up_to.gather(1, (value - 1).clamp(min=0)), 0)[:, 0]
-        found = found << digit | value[:, 0]
-    return found, left
+    key, left = torch.zeros_like(ks), ks.clone()
+    here = ks.new_zeros(len(tensors), 2)
+    everywhere = here.clone()
+    for digit, start in enumerate(range(0, bits, _DIGIT)):
+        counts = torch.stack([count(i, key[rows[i]], digit) for i in range(len(tensors))])
+        totals = sum_over_shards(tensors, counts.clone())
+        up_to = ks.new_zeros(len(ks), _BUCKETS).index_add_(0, rows, totals).cumsum(1)
+        bucket = (up_to < left[:, None]).sum(1, keepdim=True)
+        left -= _below(up_to, bucket)
+        for split, part in ((here, counts), (everywhere, totals)):
+            own = bucket[rows]
+            split[:, 0] += _below(part.cumsum(1), own)
+            split[:, 1] = part.gather(1, own)[:, 0]
+        key = key << min(_DIGIT, bits - start) | bucket[:, 0]
+    return _Cut(key, left, here, everywhere)
 
 
-def _split_at(
-    tensors: Sequence[Tensor], keys: Sequence[Tensor], cut: Tensor
-) -> tuple[Tensor, Tensor]:
-    """[T, 2] int64: keys below the cut [T] and equal to it, in the local parts and over all."""
-    pairs = [
-        torch.stack([(own < at).sum(), (own == at).sum()])
-        for own, at in zip(keys, cut, strict=True)
-    ]
-    here = torch.stack(pairs)
-    return here, sum_over_shards(tensors, here.clone())
+def _below(up_to: Tensor, bucket: Tensor) -> Tensor:
+    """Of counts summed up along buckets, those before ``bucket`` ([R, 1]): [R]."""
+    return torch.where(bucket > 0, up_to.gather(1, (bucket - 1).clamp(min=0)), 0)[:, 0]
+
+
+def _cut_magnitudes(
+    weights: Sequence[Tensor], masks: Sequence[Tensor], rows: Tensor, ks: Tensor
+) -> _Cut:
+    """:func:`_cut` of the alive magnitudes; their bits, read as integers, have the same order."""
+    wide = any(weight.dtype == torch.float64 for weight in weights)
+    parts = [local(weight).detach() for weight in weights]
+
+    def count(i: int, prefix: Tensor, digit: int) -> Tensor:
+        found = magnitude_histogram(parts[i : i + 1], masks[i : i + 1], prefix[None], digit, wide)
+        return found[0, :_BUCKETS]
+
+    return _cut(weights, count, rows, ks, 63 if wide else 31)
 
 
 @torch.no_grad()
 def spread_shares(weights: Sequence[Tensor], masks: Sequence[Tensor], k: int) -> Tensor:
     """``magnitude_shares`` over all processes, for 0 < k <= alive weights and none of them NaN."""
-    keys, bits = _magnitude_keys(weights, masks)
-    rows = torch.zeros(len(weights), dtype=torch.int64, device=keys[0].device)
-    cut, ties_taken = _kth_smallest(weights, keys, rows, rows.new_tensor([k]), bits)
-    _, (below, ties) = (part.unbind(1) for part in _split_at(weights, keys, cut[rows]))
+    one_row = torch.zeros(len(weights), dtype=torch.int64, device=weights[0].device)
+    cut = _cut_magnitudes(weights, masks, one_row, one_row.new_tensor([k]))
+    below, ties = cut.everywhere.unbind(1)
     earlier = ties.cumsum(0) - ties
-    return below + torch.minimum((ties_taken - earlier).clamp(min=0), ties)
+    return below + torch.minimum((cut.equal_taken - earlier).clamp(min=0), ties)
 
 
 @torch.no_grad()
@@ -105,30 +107,45 @@ def prune_spread_(
     """
     if not weights:
         return
-    keys, bits = _magnitude_keys(weights, masks)
-    rows = torch.arange(len(weights), device=keys[0].device)
-    cut, taken = _kth_smallest(weights, keys, rows, rows.new_tensor(list(counts)), bits)
-    here, over_all = _split_at(weights, keys, cut)
-    own = here.sum(1)
+    rows = torch.arange(len(weights), device=weights[0].device)
+    cut = _cut_magnitudes(weights, masks, rows, rows.new_tensor(list(counts)))
+    own = cut.here.sum(1)
     # Where some of the ties stay, the first ones in the whole tensor go.
-    divided = (taken < over_all[:, 1]).nonzero().flatten().tolist()
-    if divided:
-        tensors = [weights[i] for i in divided]
-        ties = []
-        for i in divided:
-            part = local(weights[i]).detach()
-            tied = part.abs().flatten() == _value_of(cut[i], bits).to(part.dtype)
-            tied &= unpack_reference(masks[i], part.shape).flatten()
-            ties.append(global_index(weights[i], tied.nonzero().flatten()))
-        most = max(tensor.numel() for tensor in tensors)
-        among = torch.arange(len(divided), device=rows.device)
-        last, _ = _kth_smallest(tensors, ties, among, taken[divided], most.bit_length())
-        first_ones = [(tie <= at).sum() for tie, at in zip(ties, last, strict=True)]
-        own[divided] = here[divided, 0] + torch.stack(first_ones)
+    divided = (cut.equal_taken < cut.everywhere[:, 1]).nonzero().flatten()
+    if len(divided):
+        tensors = [weights[i] for i in divided.tolist()]
+        wide = any(weight.dtype == torch.float64 for weight in weights)
+        ties = [
+            global_index(weights[i], _places(weights[i], masks[i], _magnitude(cut.key[i], wide)))
+            for i in divided.tolist()
+        ]
+        first_ones = _cut_indices(tensors, ties, cut.equal_taken[divided])
+        own[divided] = cut.here[divided, 0] + first_ones
     # A part keeps the order of the whole, so its own smallest are the right ones.
     magnitude_prune_([local(weight) for weight in weights], masks, own.tolist())
 
 
-def _value_of(key: Tensor, bits: int) -> Tensor:
-    """The magnitude whose key this is."""
-    return key.view(torch.float64) if bits == 63 else key.to(torch.int32).view(torch.float32)
+def _magnitude(key: Tensor, wide: bool) -> Tensor:
+    """The magnitude whose bits these are."""
+    return key.view(torch.float64) if wide else key.to(torch.int32).view(torch.float32)
+
+
+def _places(weight: Tensor, words: Tensor, magnitude: Tensor) -> Tensor:
+    """Local indices of the alive weights of this magnitude."""
+    part = local(weight).detach()
+    alive = unpack_reference(words, part.shape)
+    return ((part.abs() == magnitude.to(part.dtype)) & alive).flatten().nonzero().flatten()
+
+
+def _cut_indices(tensors: Sequence[Tensor], indices: Sequence[Tensor], ks: Tensor) -> Tensor:
+    """Per tensor how many of its ``ks`` smallest indices over all processes are local: [T]."""
+    bits = max(tensor.numel() for tensor in tensors).bit_length()
+
+    def count(i: int, prefix: Tensor, digit: int) -> Tensor:
+        after = max(0, bits - _DIGIT * (digit + 1))
+        width = bits - _DIGIT * digit - after
+        own = indices[i][indices[i] >> (after + width) == prefix]
+        return torch.bincount((own >> after) & ((1 << width) - 1), minlength=_BUCKETS)
+
+    rows = torch.arange(len(tensors), device=ks.device)
+    return _cut(tensors, count, rows, ks, bits).here.sum(1)

@@ -17,7 +17,14 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from layer_collapse import Masks
 from layer_collapse.sharding import full, like_shards, local_part
 
-_SHAPES = {"wide": (3, 40), "tall": (37, 2), "one": (1, 5), "cube": (5, 4, 3), "vector": (11,)}
+_SHAPES = {
+    "wide": (3, 40),
+    "tall": (37, 2),
+    "one": (1, 5),
+    "cube": (5, 4, 3),
+    "vector": (11,),
+    "large": (53, 61),
+}
 
 
 def _weights(dtypes: list[torch.dtype], seed: int) -> dict[str, Tensor]:
@@ -62,7 +69,7 @@ def _selects(mesh_shape: tuple[int, ...], placements: list[Any], dtypes: list[An
             assert masks.is_dense == alone.is_dense
             for k in (0, alive // 3, alive - 1, alive):
                 assert masks.shares(k) == alone.shares(k), k
-            counts = alone.shares(min(alive, 110))
+            counts = alone.shares(min(alive, max(110, alive * 2 // 3)))
             alone.prune_(counts)
             masks.prune_(counts)
             assert_equal(whole_masks(masks), {n: alone.bool_mask(n) for n in alone.names})
