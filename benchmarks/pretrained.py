@@ -57,6 +57,7 @@ def row(
         report = scan(changed, data, example)
         changed = linearize(changed, report, example, names=[], fits={name: fit}).model
         fits.append(fit)
+    print(f"folding {what}", flush=True)
     result = fold(changed, example, always_fold=False)
     return Row(
         what=what,
