@@ -40,6 +40,7 @@ class Row:
     exact: Agreement  # with the linearised one
     result: FoldResult
     latency: Latency
+    classes: bool  # whether the largest logit means anything
 
 
 def row(
@@ -66,6 +67,7 @@ def row(
         exact=agreement(changed, result.model, held_out),
         result=result,
         latency=compare(model, result.model, example),
+        classes=isinstance(example, torch.Tensor),
     )
 
 
@@ -107,6 +109,7 @@ def sentences() -> list[Row]:
             exact=agreement(empty, result.model, held_out),
             result=result,
             latency=compare(model, result.model, example),
+            classes=False,
         )
     )
     return rows
@@ -130,8 +133,9 @@ def line(row: Row) -> str:
     """A row of the table."""
     before, after = row.result.report.before, row.result.report.after
     errors = ", ".join(f"{fit.relative:.2f}" for fit in row.fits) or "exact"
+    same = f"{row.kept.same_class:.0%} of {row.kept.samples}" if row.classes else "no classes"
     return (
-        f"| {row.what} | {errors} | {row.kept.same_class:.0%} of {row.kept.samples} | "
+        f"| {row.what} | {errors} | {same} | "
         f"{row.kept.relative:.2f} | {row.exact.relative:.1e} | {before.depth} → {after.depth} | "
         f"{before.macs / 1e6:.0f} → {after.macs / 1e6:.0f} | "
         f"{before.parameters / 1e6:.2f} → {after.parameters / 1e6:.2f} | "
