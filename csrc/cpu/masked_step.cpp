@@ -8,6 +8,30 @@
 namespace layer_collapse {
 namespace {
 
+// Weights, gradients and masks of a step, without state. `slopes` keeps the gradients alive.
+std::vector<StepTensor> view_step(const char* op, const Tensors& params, const Tensors& grads,
+                                  const Tensors& masks, Tensors& slopes) {
+  check_length(op, "masks", masks.size(), params.size());
+  std::vector<StepTensor> tensors;
+  tensors.reserve(params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    tensors.push_back({view_in_memory_order(op, "params", i, params[i], masks[i]),
+                       params[i].mutable_data_ptr(),
+                       nullptr,
+                       {},
+                       0});
+  }
+  slopes = lay_out_grads(op, grads, params);
+  for (size_t i = 0; i < params.size(); ++i) tensors[i].grad = slopes[i].const_data_ptr();
+  return tensors;
+}
+
+void add_state(const char* op, const char* list, const Tensors& state, const Tensors& params,
+               int place, std::vector<StepTensor>& tensors) {
+  check_state(op, list, state, params);
+  for (size_t i = 0; i < params.size(); ++i) tensors[i].state[place] = state[i].mutable_data_ptr();
+}
+
 void masked_sgd_(Tensors params, Tensors grads, Tensors momentum_buffers, Tensors masks, double lr,
                  double momentum, double dampening, double weight_decay, bool nesterov,
                  bool maximize, bool first_step, std::optional<Tensor> grad_scale,

@@ -1,10 +1,10 @@
-// What a masked step asks of its arguments, checked before anything is written.
+// What a masked step asks of its arguments, on any device, checked before anything is written.
 #pragma once
 
 #include <optional>
 #include <vector>
 
-#include "cpu/masked_step.h"
+#include "cpu/masked_tensors.h"
 
 namespace layer_collapse {
 
@@ -28,6 +28,18 @@ inline bool same_layout(const Tensor& left, const Tensor& right) {
   return true;
 }
 
+// Momentum and averages: as many as parameters, and each like its own.
+inline void check_state(const char* op, const char* list, const Tensors& state,
+                        const Tensors& params) {
+  check_length(op, list, state.size(), params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    check(state[i].scalar_type() == params[i].scalar_type() && same_layout(state[i], params[i]), op,
+          ": ", list, "[", i, "] must have the shape, strides and dtype of its parameter (got ",
+          ShapeOf{state[i]}, " ", torch::headeronly::toString(state[i].scalar_type()), " for ",
+          ShapeOf{params[i]}, " ", torch::headeronly::toString(params[i].scalar_type()), ")");
+  }
+}
+
 // Gradients in the memory order of their parameters; autograd may deliver another one.
 inline Tensors lay_out_grads(const char* op, const Tensors& grads, const Tensors& params) {
   check_length(op, "grads", grads.size(), params.size());
@@ -47,37 +59,6 @@ inline Tensors lay_out_grads(const char* op, const Tensors& grads, const Tensors
     }
   }
   return result;
-}
-
-// Weights, gradients and masks of a step, without state. `slopes` keeps the gradients alive.
-inline std::vector<StepTensor> view_step(const char* op, const Tensors& params,
-                                         const Tensors& grads, const Tensors& masks,
-                                         Tensors& slopes) {
-  check_length(op, "masks", masks.size(), params.size());
-  std::vector<StepTensor> tensors;
-  tensors.reserve(params.size());
-  for (size_t i = 0; i < params.size(); ++i) {
-    tensors.push_back({view_in_memory_order(op, "params", i, params[i], masks[i]),
-                       params[i].mutable_data_ptr(),
-                       nullptr,
-                       {},
-                       0});
-  }
-  slopes = lay_out_grads(op, grads, params);
-  for (size_t i = 0; i < params.size(); ++i) tensors[i].grad = slopes[i].const_data_ptr();
-  return tensors;
-}
-
-inline void add_state(const char* op, const char* list, const Tensors& state, const Tensors& params,
-                      int place, std::vector<StepTensor>& tensors) {
-  check_length(op, list, state.size(), params.size());
-  for (size_t i = 0; i < params.size(); ++i) {
-    check(state[i].scalar_type() == params[i].scalar_type() && same_layout(state[i], params[i]), op,
-          ": ", list, "[", i, "] must have the shape, strides and dtype of its parameter (got ",
-          ShapeOf{state[i]}, " ", torch::headeronly::toString(state[i].scalar_type()), " for ",
-          ShapeOf{params[i]}, " ", torch::headeronly::toString(params[i].scalar_type()), ")");
-    tensors[i].state[place] = state[i].mutable_data_ptr();
-  }
 }
 
 // The one number in a float32 or float64 tensor.
