@@ -17,7 +17,7 @@ help:
 	@echo "make structure  public models folded, with torchvision, timm, transformers and onnxruntime (6 GB)"
 	@echo "make architectures  the same at full size, as a table (docs/architectures.md)"
 	@echo "make sanitize  the native code under ASan and UBSan"
-	@echo "make bench   ratios against peers, measured in this run: about 20 minutes; bench-quick: about 4"
+	@echo "make bench   ratios against peers, measured in this run: about 15 minutes; bench-quick: fewer cases"
 	@echo "make lint    ruff, mypy and clang-format; make format repairs what can be repaired"
 	@echo "make cuda-check   the CUDA kernels, proven on a machine without a GPU"
 	@echo "make cuda-build   build them against a CUDA torch in .venv-cuda (5.5 GB)"

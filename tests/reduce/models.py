@@ -54,6 +54,20 @@ def lively(model: nn.Module) -> nn.Module:
     return model
 
 
+class Way(nn.Module):
+    """Layers by name; forward is given."""
+
+    def __init__(self, forward, **layers: nn.Module) -> None:  # type: ignore[no-untyped-def]
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.way = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.way(self, x)
+        return answer
+
+
 class Chain(nn.Module):
     """Linear, [BatchNorm], rectifier, dropout, ..."""
 

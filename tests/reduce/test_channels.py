@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from layer_collapse.reduce.fold import FoldResult, fold
 from layer_collapse.reduce.gate import AffineGate
 
-from .models import lively
+from .models import Way, lively
 
 
 class Dense(nn.Module):
@@ -408,17 +408,6 @@ def test_attention_and_layer_norm_read_every_channel() -> None:
     assert shape(result, "up") == (14, 8)
     assert "'norm' normalises over all channels" in reasons(result)
     assert "(chunk) mixes or regroups them" in reasons(result)
-
-
-class Way(nn.Module):
-    def __init__(self, forward, **layers: nn.Module) -> None:  # type: ignore[no-untyped-def]
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.way = forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.way(self, x)
 
 
 def _sized(s, x):  # type: ignore[no-untyped-def]

@@ -13,6 +13,8 @@ from torch.nn.utils import parametrizations
 from layer_collapse.reduce.fold import FoldResult, fold
 from layer_collapse.reduce.gate import AffineGate, ConstantBias
 
+from .models import Way
+
 
 def gate(scale: list[float], offset: list[float] | None = None, dim: int = 1) -> AffineGate:
     return AffineGate(
@@ -50,19 +52,6 @@ def reason(result: FoldResult, rule: str) -> str:
     found = [r.reason for r in result.report.refusals if r.rule == rule]
     assert len(found) == 1, result.report.refusals
     return found[0]
-
-
-class Way(nn.Module):
-    """Layers by name; forward is given."""
-
-    def __init__(self, forward, **layers: nn.Module) -> None:  # type: ignore[no-untyped-def]
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.way = forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.way(self, x)
 
 
 # Batch norm
