@@ -41,7 +41,7 @@ class _Moments:
     """Sums over positions of one rectifier's pre-activation z and activation y, in float64."""
 
     def __init__(self, neurons: int) -> None:
-        self.count = 0
+        self.count = self.judged = 0
         self.sums = torch.zeros(5, neurons, dtype=torch.float64)  # z, y, zz, zy, yy
         self.pivot: Tensor | None = None  # first values: sums of small numbers lose less
         self.max_error = 0.0
@@ -71,6 +71,7 @@ class _Moments:
     def judge(self, z: Tensor, y: Tensor, scale: Tensor, offset: Tensor) -> None:
         if not len(z):
             return
+        self.judged += len(z)
         gap = (y.double() - (z.double() * scale.to(z.device) + offset.to(z.device))).abs()
         self.max_error = max(self.max_error, float(gap.max()))
         self.squares += float((gap * gap).sum())
@@ -119,7 +120,7 @@ def fit_gates(
         One :class:`Fit` per rectifier, in the order of execution.
 
     Raises:
-        ValueError: an unknown name, or no position was measured.
+        ValueError: an unknown name, no position was measured, or ``data`` can be read only once.
     """
     graph = trace(copy.deepcopy(model).eval(), example_inputs)
     sites = {site.node: site for site in find_sites(graph)}
@@ -161,6 +162,11 @@ def fit_gates(
         moments[site.name].judge(rows(site, z), rows(site, y), *pairs[site.name])
 
     _pass(graph, data, chosen, second, current)
+    if any(sums.judged != sums.count for sums in moments.values()):
+        raise ValueError(
+            "fit_gates: data must give the same batches twice (the second time it gave others, or "
+            "none); pass a list or a loader, not a generator"
+        )
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     return {
         site.name: _fit(site, moments[site.name], *pairs[site.name], like=reference)

@@ -117,6 +117,8 @@ def test_bad_names_and_empty_data(model: Net) -> None:
         fit_gates(model, data, data[0], names=["nowhere"])
     with pytest.raises(ValueError, match="no position of rectifier 'act' was measured"):
         fit_gates(model, [], data[0])
+    with pytest.raises(ValueError, match="not a generator"):
+        fit_gates(model, iter(data), data[0])
     with pytest.raises(ValueError, match="expected at least one sample"):
         agreement(model, model, [])
 
