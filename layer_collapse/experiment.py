@@ -206,11 +206,6 @@ def run(
             "before": sum(p.numel() for p in result.pruned.parameters()),
             "after": size.after.parameters,
         },
-        # gates are no multiply-adds, so the linearised network counts like the one before it
-        "macs": {
-            "before": size.before.macs // len(example),
-            "after": size.after.macs // len(example),
-        },
         "agreement_with_original": float((rectified == collapsed).double().mean()),
         "accuracy": {
             "start": result.history[0].observed["test_accuracy"],

@@ -125,7 +125,7 @@ def fold(
     sized = work.sized
     folded = work.finished()
     report.proven = prove
-    if prove and report.folds:  # a network that is as it was needs no proof
+    if prove:
         _prove_end_to_end(graph, folded, inputs, report, second_size=not sized)
     report.after = size_of(folded, inputs)
     hidden = graph.meta.get("hidden", {})

@@ -108,9 +108,9 @@ class FoldReport:
 
     ``max_abs`` and ``max_rel`` compare the folded with the unfolded model end to end, in float64
     with the stored weights; ``checked_sizes`` lists the input shapes on which that was done, none
-    where ``proven`` is False or nothing was folded. ``latency`` is for who folds to fill in: of the
-    whole model (:func:`layer_collapse.reduce.latency.compare`). ``traced_by`` is "fx" or "export"
-    (see :func:`layer_collapse.tracing.trace`).
+    where ``proven`` is False. ``latency`` is for who folds to fill in: of the whole model
+    (:func:`layer_collapse.reduce.latency.compare`). ``traced_by`` is "fx" or "export" (see
+    :func:`layer_collapse.tracing.trace`).
     """
 
     before: Size
@@ -152,9 +152,7 @@ class FoldReport:
             times = f"{self.latency.before:>12.3f}{self.latency.after:>12.3f}"
             lines.append(f"{'latency, ms':12}{times} ({measured})")
         end = f"largest difference end to end: {self.max_abs:.1e} (relative {self.max_rel:.1e})"
-        if not self.folds:
-            end = "nothing was folded"
-        elif not self.proven:
+        if not self.proven:
             end = "not compared end to end: only every fold by itself is proven"
         lines += [end, ""]
         for row in rows:

@@ -111,13 +111,12 @@ def accuracy(report: dict[str, Any]) -> Figure:
 
 
 def before_after(report: dict[str, Any]) -> Figure:
-    """Depth, rectifiers, parameters, MACs and latency after the run, in percent of before."""
+    """Depth, rectifiers, parameters and latency after the run, in percent of before."""
     figure, axes = new_axes(6.0, 3.8)
     groups = (
         ("rectifiers", "rectifiers", "count"),
         ("depth", "depth", "count"),
         ("parameters", "parameters", "count"),
-        ("macs", "MACs", "count"),
         ("latency_ms", "latency", "ms"),
     )
     widest = 100.0

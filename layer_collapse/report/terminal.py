@@ -61,7 +61,6 @@ def _facts(report: dict[str, Any]) -> list[str]:
     return [
         f"rectifiers  {pair('rectifiers', 'count')}   depth  {pair('depth', 'count')}",
         f"parameters  {pair('parameters', 'count')}",
-        f"MACs        {pair('macs', 'count')} per sample",
         f"latency     {pair('latency_ms', 'ms')} ({measured})",
         f"accuracy    {format_value(accuracy['final'], 'percent')} ({compared})",
         f"proof       largest error {format_value(proof['max_abs'], 'error')} absolute, "

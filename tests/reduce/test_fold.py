@@ -260,20 +260,6 @@ def test_the_end_to_end_proof_stops_what_local_proofs_miss(monkeypatch) -> None:
         fold(model, models.inputs(model))
 
 
-def test_a_network_that_stays_as_it_was_is_not_run_in_float64(monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    def never(self, *values) -> None:  # type: ignore[no-untyped-def]
-        raise AssertionError("proven")
-
-    monkeypatch.setattr(proof.Float64, "run", never)
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
-    report = fold(model, torch.randn(2, 4)).report
-    assert (report.folds, report.checked_sizes) == ([], [])
-    assert "nothing was folded" in str(report)
-    gated = nn.Sequential(nn.Linear(4, 4), AffineGate(torch.rand(4), torch.rand(4), -1))
-    with pytest.raises(FoldError, match="does not run in float64"):
-        fold(gated, torch.randn(2, 4))
-
-
 def test_user_errors_are_one_sentence() -> None:
     model = models.make("chain", ["on"], 14)
     with pytest.raises(TypeError, match=r"expected an nn.Module \(got str\)"):
