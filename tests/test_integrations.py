@@ -145,9 +145,8 @@ def test_prunes_by_rounds_and_resumes(fit: Any, checkpoint: str, tmp_path: Path)
     assert float(logged["sparsity/all"]) == pytest.approx(0.75)
     assert 0 <= float(logged["entropy/mean"]) <= 1
     fit(tmp_path / "part", 3)  # stopped one epoch after the first round, in the middle of two
-    again, masks_again, _, alive = fit(
-        tmp_path / "rest", _EPOCHS, str(tmp_path / "part" / checkpoint)
-    )
+    part = tmp_path / "part"
+    again, masks_again, _, alive = fit(part, _EPOCHS, str(part / checkpoint))
     assert alive == _ALIVE[3:]
     masks_again.check_()
     for name in masks.names:
