@@ -53,6 +53,7 @@ CLAIMS: Mapping[str, Claim] = {
     "step_resnet": Claim("ResNet-18 training step, tracked", "untracked", 1.03),
     "step_resnet_bn": Claim("ResNet-18 training step, BN fused", "untracked", 1.00),
     "step_transformers": Claim("ViT and encoder training step, tracked", "untracked", 1.02),
+    "step_ddp": Claim("Step on 2 processes, tracked, MaskedSGD", "DDP, SGD(fused=True)", 1.02),
     "evaluation": Claim(_EVALUATION, "untracked", 1.01),
     "evaluation_bn": Claim("Evaluation pass of ResNet-18, BN fused", "untracked", 1.01),
     "evaluation_egp": Claim(_EVALUATION, "EGP hooks"),

@@ -30,6 +30,10 @@ __all__ = [
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether ``tensor`` is a DTensor."""
+    if torch.compiler.is_compiling():  # which knows a DTensor's class, and none of its methods
+        from torch.distributed.tensor import DTensor
+
+        return isinstance(tensor, DTensor)
     return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "to_local")
 
 

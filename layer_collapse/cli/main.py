@@ -10,7 +10,7 @@ from typing import NoReturn
 from .. import __version__
 from ..graph import TraceError
 from ..prune.rounds import CutError
-from . import experiments, fetching, folding, models
+from . import experiments, fetching, folding, models, planning
 
 EXIT_OK, EXIT_NOTHING, EXIT_BAD_INPUT, EXIT_CUT, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -21,6 +21,7 @@ examples:
   layer-collapse measure --weights runs/resmlp/state.safetensors
   layer-collapse fold --model mypackage.nets:build --weights net.safetensors \\
       --data calibration.safetensors --out folded.safetensors
+  layer-collapse plan --params 7e9 --ranks 256
   layer-collapse doctor
 
 exit codes:
@@ -53,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     models.add_commands(commands)
     fetching.add_commands(commands)
     folding.add_command(commands)
+    planning.add_command(commands)
     return main_parser
 
 

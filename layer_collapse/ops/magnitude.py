@@ -19,7 +19,11 @@ from layer_collapse.ops.masked_step import unpack_reference
 from layer_collapse.ops.mutation import bump_versions
 
 __all__ = [
+    "BUCKETS",
+    "DIGIT_BITS",
     "choose_digit",
+    "digits",
+    "key_bits",
     "magnitude_histogram",
     "magnitude_histogram_reference",
     "magnitude_prune_",
@@ -123,24 +127,36 @@ def choose_digit(
         histogram: ``[2049]`` int64, of all weights that are selected from.
         prefix, left: ``[1]`` int64.
     """
-    upto = histogram[:_BUCKETS].cumsum(0)
-    bucket = (upto < left).sum(0, keepdim=True).clamp_(max=_BUCKETS - 1)
+    upto = histogram[:BUCKETS].cumsum(0)
+    bucket = (upto < left).sum(0, keepdim=True).clamp_(max=BUCKETS - 1)
     before = upto[bucket] - histogram[bucket]
     return (prefix << _digit_bits(digit, wide)) | bucket, left - before
 
 
-_BUCKETS, _DIGIT_BITS = 2048, 11
+#: Of the histogram of one digit of a magnitude.
+DIGIT_BITS = 11
+BUCKETS = 1 << DIGIT_BITS
+
+
+def key_bits(wide: bool) -> int:
+    """Bits of a magnitude: of float64, or of float32."""
+    return 63 if wide else 31
+
+
+def digits(wide: bool) -> int:
+    """Digits of a magnitude."""
+    return -(-key_bits(wide) // DIGIT_BITS)
 
 
 def _digit_bits(digit: int, wide: bool) -> int:
-    return min(_DIGIT_BITS, (63 if wide else 31) - _DIGIT_BITS * digit)
+    return min(DIGIT_BITS, key_bits(wide) - DIGIT_BITS * digit)
 
 
 @torch.library.register_fake("layer_collapse::magnitude_histogram")
 def _histogram_fake(
     weights: Sequence[Tensor], masks: Sequence[Tensor], prefix: Tensor, digit: int, wide: bool
 ) -> Tensor:
-    return weights[0].new_empty((len(weights), _BUCKETS + 1), dtype=torch.int64)
+    return weights[0].new_empty((len(weights), BUCKETS + 1), dtype=torch.int64)
 
 
 @torch.library.register_fake("layer_collapse::magnitude_shares")
@@ -165,7 +181,7 @@ def magnitude_histogram_reference(
 ) -> Tensor:
     """``magnitude_histogram`` in plain PyTorch."""
     real, integer = (torch.float64, torch.int64) if wide else (torch.float32, torch.int32)
-    low = (63 if wide else 31) - _DIGIT_BITS * digit - _digit_bits(digit, wide)
+    low = key_bits(wide) - DIGIT_BITS * digit - _digit_bits(digit, wide)
     rows = []
     for weight, words in zip(weights, masks, strict=True):
         alive = unpack_reference(words, weight.shape)
@@ -173,7 +189,7 @@ def magnitude_histogram_reference(
         digits = magnitudes.view(integer).to(torch.int64) >> low
         counted = digits >> _digit_bits(digit, wide) == prefix
         buckets = digits[counted] & ((1 << _digit_bits(digit, wide)) - 1)
-        counts = torch.bincount(buckets, minlength=_BUCKETS)
+        counts = torch.bincount(buckets, minlength=BUCKETS)
         rows.append(torch.cat([counts, magnitudes[counted].isnan().sum().view(1)]))
     return torch.stack(rows)
 

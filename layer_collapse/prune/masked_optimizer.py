@@ -120,9 +120,11 @@ class MaskedOptimizer(Optimizer):
                 None if scale is None else scale.to(device),
                 None if found_inf is None else found_inf.to(device),
             )
+            if torch.compiler.is_compiling():
+                continue
             for parameter, words in zip(parameters, masks, strict=True):
                 self._settled[parameter] = self._stamp(parameter), words
-            repeatable = scale is None and found_inf is None and not torch.compiler.is_compiling()
+            repeatable = scale is None and found_inf is None
             if repeatable and len(parameters) == len(group["params"]):
                 states = [self.state.get(parameter, {}) for parameter in parameters]
                 if StepPlan.covers(parameters, states):
@@ -225,8 +227,11 @@ class MaskedOptimizer(Optimizer):
         """
         masks, stale, stale_masks = [], [], []
         for parameter in parameters:
-            stamp, words = self._settled.get(parameter, (None, None))
-            if words is None or stamp != self._stamp(parameter):
+            words = None
+            if not torch.compiler.is_compiling():  # a graph has no addresses: it always clears
+                stamp, words = self._settled.get(parameter, (None, None))
+                words = words if stamp == self._stamp(parameter) else None
+            if words is None:
                 words = self._words(parameter)
                 state = self.state.get(parameter, {})
                 for key, value in state.items():

@@ -16,14 +16,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.magnitude import magnitude_histogram, magnitude_prune_
+from ..ops.magnitude import (
+    BUCKETS,
+    DIGIT_BITS,
+    key_bits,
+    magnitude_histogram,
+    magnitude_prune_,
+)
 from ..ops.masked_step import unpack_reference
 from ..sharding import global_index, local, sum_over_shards
 
 __all__ = ["prune_spread_", "spread_shares"]
-
-_DIGIT = 11  # bits
-_BUCKETS = 1 << _DIGIT
 
 #: ``count(i, prefix, digit)``: how many local keys of tensor i whose digits before this one are
 #: ``prefix`` ([] int64) fall into each bucket, [2048] int64.
@@ -51,17 +54,17 @@ def _cut(tensors: Sequence[Tensor], count: _Count, rows: Tensor, ks: Tensor, bit
     key, left = torch.zeros_like(ks), ks.clone()
     here = ks.new_zeros(len(tensors), 2)
     everywhere = here.clone()
-    for digit, start in enumerate(range(0, bits, _DIGIT)):
+    for digit, start in enumerate(range(0, bits, DIGIT_BITS)):
         counts = torch.stack([count(i, key[rows[i]], digit) for i in range(len(tensors))])
         totals = sum_over_shards(tensors, counts.clone())
-        up_to = ks.new_zeros(len(ks), _BUCKETS).index_add_(0, rows, totals).cumsum(1)
+        up_to = ks.new_zeros(len(ks), BUCKETS).index_add_(0, rows, totals).cumsum(1)
         bucket = (up_to < left[:, None]).sum(1, keepdim=True)
         left -= _below(up_to, bucket)
         for split, part in ((here, counts), (everywhere, totals)):
             own = bucket[rows]
             split[:, 0] += _below(part.cumsum(1), own)
             split[:, 1] = part.gather(1, own)[:, 0]
-        key = key << min(_DIGIT, bits - start) | bucket[:, 0]
+        key = key << min(DIGIT_BITS, bits - start) | bucket[:, 0]
     return _Cut(key, left, here, everywhere)
 
 
@@ -79,9 +82,9 @@ def _cut_magnitudes(
 
     def count(i: int, prefix: Tensor, digit: int) -> Tensor:
         found = magnitude_histogram(parts[i : i + 1], masks[i : i + 1], prefix[None], digit, wide)
-        return found[0, :_BUCKETS]
+        return found[0, :BUCKETS]
 
-    return _cut(weights, count, rows, ks, 63 if wide else 31)
+    return _cut(weights, count, rows, ks, key_bits(wide))
 
 
 @torch.no_grad()
@@ -142,10 +145,10 @@ def _cut_indices(tensors: Sequence[Tensor], indices: Sequence[Tensor], ks: Tenso
     bits = max(tensor.numel() for tensor in tensors).bit_length()
 
     def count(i: int, prefix: Tensor, digit: int) -> Tensor:
-        after = max(0, bits - _DIGIT * (digit + 1))
-        width = bits - _DIGIT * digit - after
+        after = max(0, bits - DIGIT_BITS * (digit + 1))
+        width = bits - DIGIT_BITS * digit - after
         own = indices[i][indices[i] >> (after + width) == prefix]
-        return torch.bincount((own >> after) & ((1 << width) - 1), minlength=_BUCKETS)
+        return torch.bincount((own >> after) & ((1 << width) - 1), minlength=BUCKETS)
 
     rows = torch.arange(len(tensors), device=ks.device)
     return _cut(tensors, count, rows, ks, bits).here.sum(1)

@@ -1,0 +1,1 @@
+"""For loops that other libraries own; each module needs the library it is named after."""
