@@ -85,21 +85,27 @@ format: $(VENV)/packages
 cuda-check: $(VENV)/extension
 	$(BIN)/python tests/cuda_check.py
 
-# A torch with CUDA, and the package built for it. Tests run outside of the tree's own extension.
+# A torch with CUDA, and the package built for it in a folder of its own: nothing is installed, so
+# `make structure`, which shares the environment, always tests the tree.
 CUDA_VENV := .venv-cuda
 CUDA_BIN := $(CUDA_VENV)/bin
+CUDA_BUILD := build/cuda
 $(CUDA_VENV)/packages: requirements/cuda-build.txt
 	$(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_BIN)/pip install --quiet --disable-pip-version-check -r requirements/cuda-build.txt
 	@touch $@
 
-$(CUDA_VENV)/extension: $(CUDA_VENV)/packages $(SOURCES)
-	LAYER_COLLAPSE_CUDA=1 MAX_JOBS=2 $(CUDA_BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps .
+$(CUDA_BUILD)/built: $(CUDA_VENV)/packages $(SOURCES) $(shell find layer_collapse -name '*.py')
+	rm -rf $(CUDA_BUILD)/lib
+	LAYER_COLLAPSE_CUDA=1 MAX_JOBS=$${MAX_JOBS:-2} $(CUDA_BIN)/python setup.py -q build --build-lib $(CUDA_BUILD)/lib --build-temp $(CUDA_BUILD)/temp
 	@touch $@
 
-cuda-build: $(CUDA_VENV)/extension
-	$(CUDA_BIN)/python -P -m pytest -q tests/ops -p no:cacheprovider
-	$(CUDA_BIN)/layer-collapse doctor
+# -P and pythonpath: the package that was built, never the tree's.
+IN_CUDA_BUILD = PYTHONPATH=$(CURDIR)/$(CUDA_BUILD)/lib $(CUDA_BIN)/python -P
+
+cuda-build: $(CUDA_BUILD)/built
+	$(IN_CUDA_BUILD) -m pytest -o pythonpath=$(CUDA_BUILD)/lib -p no:cacheprovider -q tests/ops tests/test_core.py
+	$(IN_CUDA_BUILD) -m layer_collapse.cli doctor
 
 # torchvision needs the torch of .venv-cuda, which works without a GPU too. The extension is the
 # tree's own: a binary of the stable ABI serves every later torch of the same Python.
@@ -113,8 +119,8 @@ structure: $(VENV)/extension $(CUDA_VENV)/structure
 architectures: $(VENV)/extension $(CUDA_VENV)/structure
 	HF_HUB_OFFLINE=1 $(CUDA_BIN)/python -m tests.structure.table
 
-gpu-report: $(CUDA_VENV)/extension
-	$(CUDA_BIN)/python -P benchmarks/gpu_report.py
+gpu-report: $(CUDA_BUILD)/built
+	PYTHONPATH=$(CURDIR)/$(CUDA_BUILD)/lib:$(CURDIR) $(CUDA_BIN)/python -P -m benchmarks.gpu_report
 
 clean:
 	rm -rf $(VENV) $(CUDA_VENV) build dist *.egg-info layer_collapse/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks

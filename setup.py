@@ -1,7 +1,9 @@
 """Builds the native module; everything else about the package stands in pyproject.toml."""
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 
 from setuptools import setup
@@ -62,7 +64,7 @@ CUDA_SOURCES = [
     "csrc/cuda/magnitude_op.cpp",
     "csrc/cuda/magnitude_select.cu",
 ]
-ARCHITECTURES = "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
+ARCHITECTURES = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0")
 
 INCLUDES = [pybind11.get_include(), os.path.abspath("csrc")]
 FLAGS = [
@@ -94,6 +96,28 @@ def find_nvcc() -> str | None:
     return next((path for path in found if os.path.exists(path)), shutil.which("nvcc"))
 
 
+def nvcc_says(*arguments: str) -> str:
+    return subprocess.run([find_nvcc(), *arguments], capture_output=True, text=True).stdout
+
+
+def lacks_cuda() -> str:
+    """What this torch and this machine lack of what the kernels need; "" if nothing."""
+    if torch.version.cuda is None:
+        return (
+            f"a torch with CUDA, found {torch.__version__}; install one or leave the variable out"
+        )
+    if find_nvcc() is None:
+        return "nvcc, none found; install the CUDA toolkit or set CUDA_HOME"
+    release = re.search(r"release (\d+)\.\d+", nvcc_says("--version"))
+    if release is None or release[1] != torch.version.cuda.split(".")[0]:
+        found = release[0] if release else "one that does not say its release"
+        return (
+            f"an nvcc of torch's CUDA {torch.version.cuda}, found {found} ({find_nvcc()}); "
+            "install that toolkit or set CUDA_HOME"
+        )
+    return ""
+
+
 def wants_cuda() -> bool:
     """LAYER_COLLAPSE_CUDA=0|1 decides; without it, whether this torch and this machine have CUDA.
 
@@ -103,23 +127,30 @@ def wants_cuda() -> bool:
     wish = os.environ.get("LAYER_COLLAPSE_CUDA", "")
     if wish not in ("", "0", "1"):
         stop(f"LAYER_COLLAPSE_CUDA must be 0 or 1 (got {wish!r})")
-    if wish == "1" and torch.version.cuda is None:
-        stop(
-            f"LAYER_COLLAPSE_CUDA=1 needs a torch with CUDA, found {torch.__version__}; "
-            "install one or leave the variable out"
-        )
-    if wish == "1" and find_nvcc() is None:
-        stop(
-            "LAYER_COLLAPSE_CUDA=1 needs nvcc, none found; install the CUDA toolkit or set "
-            "CUDA_HOME"
-        )
-    return wish != "0" and torch.version.cuda is not None and find_nvcc() is not None
+    if wish == "0":
+        return False
+    missing = lacks_cuda()
+    if missing and wish == "1":
+        stop(f"LAYER_COLLAPSE_CUDA=1 needs {missing}")
+    if missing:
+        print(f"layer_collapse: no CUDA kernels, which would need {missing}", file=sys.stderr)
+    return not missing
+
+
+def architectures() -> str:
+    """Those of ARCHITECTURES that nvcc knows, the last as PTX too, for cards to come."""
+    known = nvcc_says("--list-gpu-arch").split()
+    taken = [a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}" in known]
+    if not taken:
+        stop(f"{find_nvcc()} knows none of {', '.join(ARCHITECTURES)}; set TORCH_CUDA_ARCH_LIST")
+    return ";".join(taken) + "+PTX"
 
 
 def cuda_extension():
     # Torch looks for the toolkit beside the nvcc of the path, and asks a GPU for its architecture.
     os.environ["CUDA_HOME"] = os.path.dirname(os.path.dirname(os.path.realpath(find_nvcc())))
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
     from torch.utils import cpp_extension
 
     cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"]

@@ -58,6 +58,68 @@ def test_a_missing_torch_is_one_sentence(tmp_path):
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+def with_cuda_torch(folder: Path, release: str, **environment: str):
+    """setup.py beside a torch for CUDA 13.0 and an nvcc of another release."""
+    text = """__version__ = '2.14.1'
+class version: cuda = '13.0'
+"""
+    path = fake_package(folder, "torch", text)
+    fake_package(folder / "torch", "utils", "")
+    extension = """from setuptools import Extension
+def CppExtension(name, sources, **_): return Extension(name, sources)
+def CUDAExtension(name, sources, **_):
+    import os
+    print(name, os.environ["TORCH_CUDA_ARCH_LIST"])
+    return Extension(name, sources)
+class BuildExtension:
+    def with_options(**_):
+        from setuptools.command.build_ext import build_ext
+        return build_ext
+"""
+    (folder / "torch" / "utils" / "cpp_extension.py").write_text(extension)
+    nvcc = folder / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(
+        f"""#!/bin/sh
+case $1 in
+--version) echo 'Cuda compilation tools, release {release}, V{release}.1' ;;
+*) printf 'compute_75\\ncompute_80\\ncompute_90\\n' ;;
+esac
+"""
+    )
+    nvcc.chmod(0o755)
+    return setup_py(
+        "--version",
+        PYTHONPATH=path,
+        CUDA_HOME=str(folder / "toolkit"),
+        TORCH_CUDA_ARCH_LIST="",
+        **{"LAYER_COLLAPSE_CUDA": "", **environment},
+    )
+
+
+def test_an_nvcc_of_another_cuda_leaves_the_kernels_out_and_says_so(tmp_path):
+    """As pip's isolated build meets it: PyPI's newest torch beside an older toolkit."""
+    result = with_cuda_torch(tmp_path, "12.4")
+    assert result.returncode == 0
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("layer_collapse: no CUDA kernels, which would need an nvcc of torch's")
+    assert "CUDA 13.0, found release 12.4" in line
+    assert "_C_cuda" not in result.stdout
+
+
+def test_an_nvcc_of_another_cuda_stops_who_asked_for_the_kernels(tmp_path):
+    result = with_cuda_torch(tmp_path, "12.4", LAYER_COLLAPSE_CUDA="1")
+    assert result.returncode == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("layer_collapse: LAYER_COLLAPSE_CUDA=1 needs an nvcc of torch's CUDA")
+
+
+def test_the_kernels_are_built_for_what_nvcc_knows(tmp_path):
+    result = with_cuda_torch(tmp_path, "13.2")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[0] == "layer_collapse._C_cuda 7.5;8.0;9.0+PTX"
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]

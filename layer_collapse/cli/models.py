@@ -202,9 +202,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         "cuda_device": (
             torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
         ),
-        "cuda_kernels": (
-            "built" if cuda.BUILT else "not built; rebuild with LAYER_COLLAPSE_CUDA=1"
-        ),
+        "cuda_kernels": cuda.REFUSAL or "built",
         "nvcc": shutil.which("nvcc") or "not found",
     }
     if arguments.json:

@@ -21,9 +21,7 @@ _OPS = (
     "magnitude_prune_",
     "magnitude_histogram",
 )
-#: What a CPU-only build answers to a CUDA tensor.
-REFUSAL = "layer_collapse was built without CUDA; rebuild with LAYER_COLLAPSE_CUDA=1"
-
+_REBUILD = "rebuild with LAYER_COLLAPSE_CUDA=1"
 
 #: Ops that have no CUDA kernel in any build, and their answer to a CUDA tensor.
 CPU_OPS = ("bn_rectify", "bn_rectify_backward")
@@ -33,14 +31,23 @@ CPU_ONLY = (
 )
 
 
-def _load() -> bool:
-    """Whether the CUDA ops are there now."""
-    if torch.version.cuda is None:
-        return False
+def _load() -> str:
+    """Loads the CUDA ops; what keeps them out, or "" if nothing does."""
     if importlib.util.find_spec("layer_collapse._C_cuda") is None:
-        return False
-    importlib.import_module("layer_collapse._C_cuda")
-    return True
+        return f"layer_collapse was built without CUDA; {_REBUILD}"
+    if torch.version.cuda is None:
+        return "layer_collapse was built with CUDA, but this torch has none; install one that has"
+    try:
+        importlib.import_module("layer_collapse._C_cuda")
+    except ImportError as error:  # built for another release of CUDA than torch brings
+        return f"layer_collapse's CUDA kernels do not load beside this torch ({error}); {_REBUILD}"
+    return ""
+
+
+#: Why a CUDA tensor is refused; "" if it is not.
+REFUSAL = _load()
+#: Whether this build has CUDA kernels and this torch can use them.
+BUILT = not REFUSAL
 
 
 def _refuse(*arguments: Any, **named: Any) -> NoReturn:
@@ -50,9 +57,6 @@ def _refuse(*arguments: Any, **named: Any) -> NoReturn:
 def _refuse_norm(*arguments: Any, **named: Any) -> NoReturn:
     raise RuntimeError(CPU_ONLY)
 
-
-#: Whether this build has CUDA kernels and this torch can use them.
-BUILT = _load()
 
 _refusals = torch.library.Library("layer_collapse", "IMPL")
 for _op in CPU_OPS:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from helpers import ALL_KINDS, call_of, sample
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -44,11 +44,18 @@ def counted_ledgers(draw: st.DrawFn) -> tuple[list[Tensor], list[int]]:
     return ledgers, kinds
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(counted_ledgers())
-def test_equals_the_twin(case: tuple[list[Tensor], list[int]]) -> None:
+@settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    # the device is the same for all examples
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(case=counted_ledgers())
+def test_equals_the_twin(case: tuple[list[Tensor], list[int]], device: torch.device) -> None:
     ledgers, kinds = case
-    ours, twin = layer_entropies(ledgers, kinds), layer_entropies_reference(ledgers, kinds)
+    ours = [t.cpu() for t in layer_entropies([ledger.to(device) for ledger in ledgers], kinds)]
+    twin = layer_entropies_reference(ledgers, kinds)
     for mine, reference in zip(ours[:2], twin[:2], strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-13, atol=1e-13, equal_nan=True)
     assert torch.equal(ours[2], twin[2])

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from layer_collapse import _C
@@ -49,25 +49,31 @@ def weights_and_masks(draw):
     return weights, masks
 
 
-@settings(max_examples=150, deadline=None)
-@given(weights_and_masks(), st.floats(0, 1))
-def test_shares_equal_a_stable_sort(case, fraction):
+# the device is the same for all examples of a test
+SAME_DEVICE = [HealthCheck.function_scoped_fixture]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=SAME_DEVICE)
+@given(case=weights_and_masks(), fraction=st.floats(0, 1))
+def test_shares_equal_a_stable_sort(case, fraction, device):
     weights, masks = case
     k = round(fraction * sum(map(alive_count, masks)))
-    shares = magnitude_shares(weights, masks, k)
+    shares = magnitude_shares([w.to(device) for w in weights], [m.to(device) for m in masks], k)
     assert shares.dtype == torch.int64
     assert shares.tolist() == magnitude_shares_reference(weights, masks, k).tolist()
 
 
-@settings(max_examples=150, deadline=None)
-@given(weights_and_masks(), st.floats(0, 1))
-def test_prune_equals_a_stable_sort(case, fraction):
+@settings(max_examples=150, deadline=None, suppress_health_check=SAME_DEVICE)
+@given(case=weights_and_masks(), fraction=st.floats(0, 1))
+def test_prune_equals_a_stable_sort(case, fraction, device):
     weights, masks = case
     twins = [words.clone() for words in masks]
     kept = [weight.clone() for weight in weights]
     counts = [round(fraction * alive_count(words)) for words in masks]
     expected = [alive_count(w) - c for w, c in zip(masks, counts, strict=True)]
+    weights, masks = [w.to(device) for w in weights], [m.to(device) for m in masks]
     magnitude_prune_(weights, masks, counts)
+    weights, masks = [w.cpu() for w in weights], [m.cpu() for m in masks]
     magnitude_prune_reference(weights, twins, counts)
     assert all(map(torch.equal, masks, twins))
     assert all(map(torch.equal, weights, kept))
