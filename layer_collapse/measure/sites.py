@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from ..graph import (
     submodule,
 )
 from ..sharding import count_over_shards, local
-from .lookalikes import lookalikes
 from .origins import Origin, Origins, call_name
 from .rectifiers import Kind, module_kind, parse_function
 
@@ -135,13 +133,8 @@ def find_sites(module: fx.GraphModule, ignore: tuple[str, ...] = ()) -> list[Sit
 
     Raises:
         TraceError: the dim that a rectifier's neurons lie on cannot be told; names the rectifier.
-
-    Warns:
-        UserWarning: names what rectifies without calling a rectifier, such as ``clamp(min=0)``.
     """
     origins = Origins(module)
-    for sentence in lookalikes(module, origins):
-        warnings.warn(sentence, stacklevel=2)
     calls = call_counts(module)
     tied = _tied_parameters(module)
     seen: Counter[tuple[str, bool]] = Counter()
