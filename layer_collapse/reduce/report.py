@@ -108,7 +108,7 @@ class FoldReport:
 
     ``max_abs`` and ``max_rel`` compare the folded with the unfolded model end to end, in float64
     with the stored weights; ``checked_sizes`` lists the input shapes on which that was done, none
-    where ``proven`` is False. ``latency`` is for who folds to fill in: of the whole model
+    where ``proven`` is False or nothing was folded. ``latency`` is for who folds to fill in: of the whole model
     (:func:`layer_collapse.reduce.latency.compare`). ``traced_by`` is "fx" or "export" (see
     :func:`layer_collapse.tracing.trace`).
     """
