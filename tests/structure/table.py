@@ -34,7 +34,7 @@ here, so the table says what folding does to a graph, not what a trained network
 
 - rectifiers: of the model, then gates forced, then left after folding
 - depth: longest path of weighted layers; MACs of one sample; latency: median ms of a batch of
-  {batch}, both forms timed in turns. Load: processes that ran or waited meanwhile (1-minute average);
+  {batch}, both forms timed in turns. Load: processes that ran or waited (1-minute average);
   above 1 the machine was shared, so compare the two times of a row and nothing else
 - proof: largest relative error in float64, weights as stored in float32 (limit 1e-5); exact: the
   same with weights stored in float64 (limit 1e-10); ONNX: folded model in onnxruntime against
