@@ -206,6 +206,10 @@ def run(
             "before": sum(p.numel() for p in result.pruned.parameters()),
             "after": size.after.parameters,
         },
+        "macs": {
+            "before": size.before.macs // len(example),
+            "after": size.after.macs // len(example),
+        },
         "agreement_with_original": float((rectified == collapsed).double().mean()),
         "accuracy": {
             "start": result.history[0].observed["test_accuracy"],

@@ -71,6 +71,11 @@ def _slices(number: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + step, number)) for start in range(0, number, step))
 
 
+def parts(places: Tensor, size: int) -> Iterator[Tensor]:
+    """Indices of rows of ``size`` elements each, as many at a time as a block holds."""
+    return (places[rows] for rows in _slices(len(places), size))
+
+
 def by_rows(weight: Tensor, compute: Callable[[Tensor, slice], Tensor]) -> Tensor:
     """A weight of the same shape, computed from ``weight`` by rows.
 

@@ -13,15 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..graph import ExampleInputs, carries_data, ordered_inputs, record_shapes, trace
+from ..graph import (
+    ExampleInputs,
+    carries_data,
+    ordered_inputs,
+    record_shapes,
+    shape_of,
+    submodule,
+    trace,
+)
 from . import proof, rules
 from .chains import pays_with_more
+from .gate import FixedSize
 from .holdings import disown, remove_dead, sharing_copy
 from .latency import Stopwatch, in_turns
 from .plan import Plan, Slower
 from .proof import FoldError
 from .report import Fold, FoldReport, Refusal, size_of
 from .rules.constant import cut_off
+from .walk import free_path
 from .work import BORDERS, Refused, Work
 
 __all__ = ["FoldError", "FoldResult", "fold"]
@@ -77,8 +87,8 @@ def fold(
         always_fold: merge two weighted layers even where that is slower. With False each merge is
             timed against the two layers, on the device, in the dtypes and shapes of the example
             inputs, and the faster form is kept; what is slower stays, with both times as reason.
-        prove: compare the folded with the unfolded model end to end. Without, the report says so;
-            the proof of every single fold remains.
+        prove: compare the folded with the unfolded model end to end, unless nothing was folded.
+            Without, the report says so; the proof of every single fold remains.
         stopwatch: what times two calls against each other, for ``always_fold=False``.
 
     Returns:
@@ -125,9 +135,13 @@ def fold(
     sized = work.sized
     folded = work.finished()
     report.proven = prove
-    if prove:
-        _prove_end_to_end(graph, folded, inputs, report, second_size=not sized)
-    report.after = size_of(folded, inputs)
+    if report.folds:  # else it is the same graph on the same weights: there is nothing to compare
+        if prove:
+            _prove_end_to_end(graph, folded, inputs, report, second_size=not sized)
+        report.after = size_of(folded, inputs)
+    if sized:
+        _guard_sizes(work, 0 if work.fixed else _step(graph))
+        report.only_sizes = [list(t.shape[1:]) for t in inputs if isinstance(t, Tensor)]
     hidden = graph.meta.get("hidden", {})
     report.refusals += [Refusal(path, "trace", reason) for path, reason in hidden.items()]
     return FoldResult(_finished(folded, model), report)
@@ -271,6 +285,35 @@ def _prove_end_to_end(
         report.max_abs = max(report.max_abs, max_abs)
         report.max_rel = max(report.max_rel, max_rel)
         report.checked_sizes.append([list(t.shape) for t in sample if isinstance(t, Tensor)])
+
+
+def _guard_sizes(work: Work, step: int) -> None:
+    """Let the network refuse inputs of another size than the example's, for which it is wrong."""
+    folded = work.module
+    for node in list(folded.graph.nodes):
+        shape = shape_of(node) if node.op == "placeholder" else None
+        if not shape or not node.users:
+            continue
+        readers, path = list(node.users), free_path(work, "fixed_size")
+        folded.add_submodule(path, FixedSize(shape[1:], step).eval())
+        with folded.graph.inserting_after(node):
+            guard = folded.graph.call_module(path, (node,))
+        guard.meta = dict(node.meta)
+        for reader in readers:
+            reader.replace_input_with(node, guard)
+    folded.recompile()
+
+
+def _step(graph: fx.GraphModule) -> int:
+    """By what inputs may grow for all strides to end as they do: their product; 0 if not known."""
+    step = 1
+    for node in graph.graph.nodes:
+        module = submodule(graph, node)
+        if module is None and any(part in node.name for part in ("conv", "pool", "unfold")):
+            return 0
+        stride = getattr(module, "stride", 1)
+        step *= max(stride) if isinstance(stride, tuple) else int(stride or 1)
+    return step
 
 
 def _larger(inputs: list[Any]) -> list[Any] | None:

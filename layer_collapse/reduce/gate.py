@@ -7,6 +7,8 @@ A rectifier whose neurons never change sign is affine per neuron, ``a_i z + c_i`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -125,6 +127,48 @@ class ConstantBias(nn.Module):
 
     def extra_repr(self) -> str:
         return f"shape={list(self.value.shape)}"
+
+
+class FixedSize(nn.Module):
+    """Hands its input on if it has the size that a network was folded for, and raises if not.
+
+    Some folds are exact for one input size only and would silently be wrong at another.
+
+    Args:
+        shape: of the input without its first dim, the batch.
+        step: 0, or by whole multiples of which an image may be larger: folds on which strides must
+            end as they did.
+    """
+
+    def __init__(self, shape: Sequence[int], step: int = 0) -> None:
+        super().__init__()
+        self.step = step
+        self.shape = tuple(int(size) for size in shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``: [N, ...]; returned as it is.
+
+        Raises:
+            ValueError: any other size.
+        """
+        if not self._fits(tuple(x.shape[1:])):
+            larger = f", or larger by multiples of {self.step}," if self.step else ""
+            raise ValueError(
+                f"this network was folded for inputs of shape [N, {', '.join(map(str, self.shape))}]"
+                f"{larger} only (got {list(x.shape)}); fold again with example inputs of the new size"
+            )
+        return x
+
+    def _fits(self, shape: tuple[int, ...]) -> bool:
+        if not self.step:
+            return shape == self.shape
+        return len(shape) == len(self.shape) and all(
+            here >= there and (here - there) % self.step == 0
+            for here, there in zip(shape, self.shape, strict=True)
+        )
+
+    def extra_repr(self) -> str:
+        return f"shape={list(self.shape)}, step={self.step}"
 
 
 def smallest_form(value: Tensor, tolerance: float = 1e-12) -> Tensor:

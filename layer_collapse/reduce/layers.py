@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph import BATCH_NORM, WEIGHTED
-from .float64 import by_rows, wide
+from .float64 import by_rows, parts, wide
 from .gate import AffineGate, ConstantBias
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -260,7 +260,15 @@ def selected(
     given, read = rows.view(groups, -1), columns.view(groups, -1)
     blocks = weight.reshape(groups, -1, *weight.shape[1:])
     live = [g for g in range(groups) if bool(given[g].any())]
-    weight = torch.cat([blocks[g][given[g]][:, read[g]] for g in live])
+    rows_of = [given[g].nonzero().flatten().to(weight.device) for g in live]
+    columns_of = [read[g].nonzero().flatten().to(weight.device) for g in live]
+    made = weight.new_empty(sum(map(len, rows_of)), int(read.sum(1).max()), *weight.shape[2:])
+    start = 0
+    for g, some, reads in zip(live, rows_of, columns_of, strict=True):
+        for part in parts(some, blocks[g][0].numel()):  # one copy, and no second on the way to it
+            made[start : start + len(part)] = blocks[g][part].index_select(1, reads)
+            start += len(part)
+    weight = made
     new = with_tensors(module, weight=weight, bias=None if bias is None else bias[rows])
     sizes = {"in": int(columns.sum()), "out": int(rows.sum())}
     kind = "features" if type(module) is nn.Linear else "channels"

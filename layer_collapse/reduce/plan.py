@@ -35,6 +35,7 @@ class Plan:
         rule: name for the report where it differs from the rule's own.
         merges: whether two weighted layers become one, which need not be faster: timed on request.
         sized: whether it holds for the spatial size of the example inputs only.
+        stepped: whether it then holds for larger ones, too, on which strides end as on that.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Plan:
     rule: str = ""
     merges: bool = False
     sized: bool = False
+    stepped: bool = False
 
     def with_modules(self, change: Callable[[str, nn.Module], nn.Module]) -> Plan:
         """The plan with all its new modules changed, by path and module."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .gate import AffineGate, ConstantBias
+from .gate import AffineGate, ConstantBias, FixedSize
 from .layers import CONV
 from .ring import RingConv
 
@@ -145,6 +145,7 @@ _FIELDS: Mapping[str, tuple[type[nn.Module], ...]] = {
     _ATTENTION: (nn.MultiheadAttention,),
     "channels channel_dim": (AffineGate,),
     "value_shape": (ConstantBias,),
+    "shape step": (FixedSize,),
     " ".join(f"{part}_{field}" for part in _PARTS for field in _CONV.split()): (RingConv,),
 }
 
@@ -164,9 +165,9 @@ def _kinds() -> dict[str, tuple[str, ...]]:
         "int": """in_features out_features in1_features in2_features in_channels out_channels groups
             num_parameters num_features num_groups num_channels num_embeddings embedding_dim
             start_dim end_dim embed_dim num_heads kdim vdim upscale_factor downscale_factor channels
-            channel_dim""",
+            channel_dim step""",
         "float": "negative_slope alpha beta threshold min_val max_val p dropout k norm_type",
-        "sizes": "kernel_size dilation output_padding normalized_shape value_shape",
+        "sizes": "kernel_size dilation output_padding normalized_shape value_shape shape",
         "text": "approximate padding_mode mode",
         "none int": "dim padding_idx divisor_override",
         "none float": "eps momentum max_norm",

@@ -108,9 +108,11 @@ class FoldReport:
 
     ``max_abs`` and ``max_rel`` compare the folded with the unfolded model end to end, in float64
     with the stored weights; ``checked_sizes`` lists the input shapes on which that was done, none
-    where ``proven`` is False. ``latency`` is for who folds to fill in: of the whole model
+    where ``proven`` is False or nothing was folded. ``latency`` is for who folds to fill in: of the whole model
     (:func:`layer_collapse.reduce.latency.compare`). ``traced_by`` is "fx" or "export" (see
-    :func:`layer_collapse.tracing.trace`).
+    :func:`layer_collapse.tracing.trace`). ``only_sizes``: shapes of the inputs, without the batch,
+    where a fold holds for these (or for larger ones on which strides end alike) only; the folded
+    network raises ValueError at others.
     """
 
     before: Size
@@ -123,6 +125,7 @@ class FoldReport:
     proven: bool = True
     latency: Latency | None = None
     traced_by: str = "fx"
+    only_sizes: list[list[int]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -154,7 +157,11 @@ class FoldReport:
         end = f"largest difference end to end: {self.max_abs:.1e} (relative {self.max_rel:.1e})"
         if not self.proven:
             end = "not compared end to end: only every fold by itself is proven"
-        lines += [end, ""]
+        lines.append(end)
+        if self.only_sizes is not None:
+            shapes = ", ".join(str(["N", *shape]).replace("'", "") for shape in self.only_sizes)
+            lines.append(f"for inputs of shape {shapes} only: the network refuses others")
+        lines.append("")
         for row in rows:
             cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
             lines.append("  ".join([*cells, row[4]]).rstrip())

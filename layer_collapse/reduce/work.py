@@ -77,6 +77,7 @@ class Work:
         self.version = 0  # of the graph, for what rules keep between calls
         self.cache: dict[str, tuple[int, Any]] = {}
         self.sized = False  # whether a constant was kept that fits the example's size only
+        self.fixed = False  # whether it fits that very size
         self._generator = torch.Generator().manual_seed(0)
 
     # What rules ask
@@ -269,6 +270,7 @@ class Work:
             node.replace_all_uses_with(to)
         remove_dead(self.module)
         self.sized |= plan.sized
+        self.fixed |= plan.sized and not plan.stepped
         self.version += 1
 
     def finished(self) -> fx.GraphModule:

@@ -60,7 +60,7 @@ def _facts(report: dict[str, Any]) -> list[str]:
     agreement = format_value(report["agreement_with_original"], "fraction")
     return [
         f"rectifiers  {pair('rectifiers', 'count')}   depth  {pair('depth', 'count')}",
-        f"parameters  {pair('parameters', 'count')}",
+        f"parameters  {pair('parameters', 'count')}   MACs  {pair('macs', 'count')}",
         f"latency     {pair('latency_ms', 'ms')} ({measured})",
         f"accuracy    {format_value(accuracy['final'], 'percent')} ({compared})",
         f"proof       largest error {format_value(proof['max_abs'], 'error')} absolute, "

@@ -22,6 +22,7 @@ _SCHEMA: dict[str, tuple[str, ...]] = {  # key -> keys below it
     "rectifiers": _PAIR,
     "depth": _PAIR,
     "parameters": _PAIR,
+    "macs": _PAIR,
     "agreement_with_original": (),
     "accuracy": ("start", "final", "dense_control", "shallow_control"),
     "latency_ms": (*_PAIR, "batch", "threads"),

@@ -11,6 +11,7 @@ from ..measure.rectifiers import module_kind
 from .by_export import exported
 from .by_fx import Untraceable, symbolic
 from .inputs import ExampleInputs, TraceError, bind, first_line, record_shapes
+from .unrecognised import unrecognised
 
 
 def trace(
@@ -25,7 +26,8 @@ def trace(
     forward or training and evaluation differ in more than dropout; such a graph is that of
     evaluation, for inputs of the example's size (but for the batch). Where torch.export fails too,
     modules with forwards that torch.fx does not follow are called as a whole; a warning names them
-    and ``meta["hidden"]`` holds the reasons by path: rectifiers in them are not seen.
+    and ``meta["hidden"]`` holds the reasons by path: rectifiers in them are not seen. Activations that are rectifiers by what
+    they compute but not by name (``clamp(min=0)``, GELUs written out) are named there as well.
 
     Args:
         model: any traceable module, in any mode; it is left as it is.
@@ -57,6 +59,9 @@ def trace(
                 ) from error
             both = f"{refused}; torch.export does not either ({first_line(error)})"
             module, hidden = _around(model, args, kwargs, Untraceable(both, refused.path))
+    for path, reason in unrecognised(module).items():
+        hidden.setdefault(path, reason)
+        warnings.warn(reason, stacklevel=2)
     module.meta["traced_by"], module.meta["hidden"] = how, hidden
     module.graph.lint()
     module.recompile()

@@ -62,6 +62,36 @@ def gated(width: int, depth: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+def headed(width: int, depth: int) -> nn.Sequential:
+    """Convolutions and, with four fifths of all weights, one Linear: what VGG looks like.
+
+    A third of its neurons is off, the others are scaled.
+    """
+    torch.manual_seed(0)
+    layers = list[nn.Module]()
+    for number in range(depth):
+        layers += [nn.Conv2d(width if number else 3, width, 3, padding=1), nn.ReLU()]
+    hidden = 9 * depth * width // 16
+    layers += [nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(49 * width, hidden)]
+    scale = torch.rand(hidden) * (torch.arange(hidden) % 3 > 0)
+    return nn.Sequential(
+        *layers, AffineGate(scale, torch.zeros(hidden)), nn.Linear(hidden, hidden // 8), nn.ReLU(),
+        nn.Linear(hidden // 8, 10),
+    )  # fmt: skip
+
+
+def normed(width: int, depth: int) -> nn.Sequential:
+    """Convolutions, each with a batch norm to fold, one rectifier in three a gate."""
+    torch.manual_seed(0)
+    layers = list[nn.Module]()
+    for number in range(depth):
+        conv = nn.Conv2d(width if number else 3, width, 3, padding=1, bias=False)
+        gate = AffineGate(torch.rand(width) * (torch.arange(width) % 3 > 0), torch.zeros(width))
+        norm = nn.BatchNorm2d(width)
+        layers += [conv, norm, gate if number % 3 == 1 else nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+
+
 def size(model: nn.Module) -> int:
     return sum(p.nbytes for p in model.parameters())
 
@@ -108,14 +138,16 @@ def test_the_accounting_sees_what_lives_together() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("build", [transformer, gated])
+@pytest.mark.parametrize("build", [transformer, gated, headed, normed])
 def test_peak_of_a_small_model(monkeypatch, build, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
     # wide enough for what is kept per channel to be small beside the weights, as it is at full size
-    model = (build(64, 8) if build is transformer else build(480, 8)).to(dtype)
+    widths = {transformer: (64, 8), gated: (480, 8), headed: (64, 8), normed: (64, 12)}
+    model = build(*widths[build]).to(dtype)
     whole = size(model)
     monkeypatch.setattr(storing, "BUDGET", whole // 12)  # as 32 MiB to 100 M float32 parameters
     monkeypatch.setattr(float64, "BLOCK", whole // 384)
-    x = torch.randn(1, 2, 8) if build is transformer else torch.randn(2, 480)
+    shapes = {transformer: (1, 2, 8), gated: (2, 480)}
+    x = torch.randn(shapes.get(build, (1, 3, 8, 8)))
     used = peak(lambda: fold(model, x.to(dtype)))
     print(f"{used / whole:.2f} x the model")
     assert 0.3 * whole < used <= LIMIT * whole

@@ -52,6 +52,7 @@ def example(**changes: Any) -> dict[str, Any]:
         "rectifiers": {"before": 3, "after": 2},
         "depth": {"before": 8, "after": 6},
         "parameters": {"before": 1781002, "after": 1322222},
+        "macs": {"before": 1779712, "after": 1320960},
         "agreement_with_original": 0.999996,
         "accuracy": {
             "start": 95.123456,
@@ -297,7 +298,7 @@ def test_drawing_leaves_no_global_state(written: Path) -> None:
 def nothing_run() -> dict[str, Any]:
     """Everything null or empty that may be."""
     made = example(layers=[], history=[], settings={}, versions={}, agreement_with_original=None)
-    for key in ("accuracy", "latency_ms", "proof", "epochs", "depth", "parameters"):
+    for key in ("accuracy", "latency_ms", "proof", "epochs", "depth", "parameters", "macs"):
         made[key] = dict.fromkeys(made[key])
     made["rectifiers"] = {"before": 0, "after": 0}
     return made

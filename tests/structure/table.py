@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import platform
 import time
 from collections import Counter
@@ -33,7 +34,8 @@ here, so the table says what folding does to a graph, not what a trained network
 
 - rectifiers: of the model, then gates forced, then left after folding
 - depth: longest path of weighted layers; MACs of one sample; latency: median ms of a batch of
-  {batch}, both forms timed in turns
+  {batch}, both forms timed in turns. Load: processes that ran or waited (1-minute average);
+  above 1 the machine was shared, so compare the two times of a row and nothing else
 - proof: largest relative error in float64, weights as stored in float32 (limit 1e-5); exact: the
   same with weights stored in float64 (limit 1e-10); ONNX: folded model in onnxruntime against
   itself in torch, float32
@@ -47,6 +49,7 @@ _COLUMNS = (
     "parameters (M)",
     "MACs (G)",
     "latency (ms)",
+    "load",
     "proof",
     "exact",
     "ONNX",
@@ -97,12 +100,22 @@ def row(name: str, full: bool, batch: int) -> list[str]:
         f"{before.parameters / 1e6:.2f} -> {after.parameters / 1e6:.2f}",
         f"{_macs(gated, example) / 1e9:.3f} -> {_macs(result.model, example) / 1e9:.3f}",
         f"{latency.before:.1f} -> {latency.after:.1f}",
+        f"{os.getloadavg()[0]:.0f}",
         f"{max(error, result.report.max_rel):.1e}",
         f"{exact:.1e}",
         f"{onnx_error(result.model, example):.1e}",
         f"{seconds:.1f}",
         ", ".join(f"{rule} {count}" for rule, count in rules.most_common()),
     ]
+
+
+def _rows(head: str, file: Path) -> dict[str, str]:
+    """Rows by architecture that ``file`` holds under the same head; none under another."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    if not text.startswith(head + "\n"):
+        return {}
+    rows = text[len(head) :].strip().splitlines()
+    return {line.split(" | ")[0].removeprefix("| "): line for line in rows}
 
 
 def main() -> None:
@@ -127,7 +140,11 @@ def main() -> None:
         "|" + "---|" * len(_COLUMNS),
     ]
     options.out.parent.mkdir(exist_ok=True)
+    made = _rows("\n".join(lines), options.out)
     for name in options.names:  # written row by row: at full size this takes long
+        if name in made:  # by an earlier run of the same day and command
+            lines.append(made[name])
+            continue
         lines.append("| " + " | ".join(row(name, not options.small, options.batch)) + " |")
         print(lines[-1], flush=True)
         options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")

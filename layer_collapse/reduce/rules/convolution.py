@@ -79,6 +79,10 @@ def _plan(
     sent = bias_of(first)
     biased = sent is not None and bool(scaled_columns(second, sent).any())
     exact = not found.windows and not (found.bias and biased)
+    ring = not exact and work.border == "ring" and outer.mode == ZEROS
+    mapped = not exact and work.border == "biasmap" and not found.windows
+    if not (exact or ring or mapped):  # before anything as large as the merged layer is made
+        raise Refused(_reason(work, found, outer.mode, str(place.target), biased))
     whole = merged(first, second, found.mode)
     plan = Plan(
         name=str(place.target),
@@ -96,26 +100,25 @@ def _plan(
                 inner, outer, _larger(composed(inner, outer, found.mode), sizes), found.mode
             )
             by_chance = alike.windows or (biased and alike.bias)  # a small image is all border
+            plan.stepped = not by_chance
             plan.detail += (
                 ", for this input size only"
                 if by_chance
                 else (", for input sizes on which the strides end as on this one")
             )
-    elif work.border == "ring" and outer.mode == ZEROS:
+    elif ring:
         whole = merged(first, second, inner.mode)
         # Layers of their own: those in the graph lose their tensors when they leave it.
         corrected = RingConv(whole, with_tensors(first), with_tensors(second, bias=None))
         plan.becomes[node] = Call(str(node.target), corrected, entrance)
         plan.rule = "ring"
         plan.detail += " and strips along the border, where both stay"
-    elif work.border == "biasmap" and not found.windows:
+    else:
         value = smallest_form(_image(second, sent, work.shape(place)))
         lone = Call(str(node.target), with_tensors(whole, bias=None), entrance)
         plan.becomes[node] = Call(free_path(work, "constant_bias"), ConstantBias(value), lone)
         plan.rule, plan.sized = "biasmap", True
         plan.detail += f" and a constant of shape {list(value.shape)}, for this input size only"
-    else:
-        raise Refused(_reason(work, found, outer.mode, str(place.target), biased))
     return plan
 
 
