@@ -1,4 +1,4 @@
-"""Activations that are rectifiers by what they compute, not by name: found to be named, not folded."""
+"""Activations that are rectifiers by what they compute, not by name: named, never folded."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def unrecognised(module: fx.GraphModule) -> dict[str, str]:
         if instead is not None:
             place = str(node.target) if node.op == "call_module" else owner_path(node) or node.name
             found[place] = (
-                f"{place!r} acts as a rectifier but is not one that is recognised, so it is neither "
-                f"measured nor folded; use {instead}"
+                f"{place!r} acts as a rectifier but is not one that is recognised, so it is "
+                f"neither measured nor folded; use {instead}"
             )
     return found
 

@@ -1,6 +1,5 @@
 """The plain-torch encoder against transformers' BertModel, whose weights it takes."""
 
-# ruff: noqa: E402 - what is missing skips before it is imported
 from __future__ import annotations
 
 import pytest
