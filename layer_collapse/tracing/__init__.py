@@ -27,7 +27,8 @@ def trace(
     evaluation, for inputs of the example's size (but for the batch). Where torch.export fails too,
     modules with forwards that torch.fx does not follow are called as a whole; a warning names them
     and ``meta["hidden"]`` holds the reasons by path: rectifiers in them are not seen. Activations
-    that are rectifiers by what they compute but not by name (``clamp(min=0)``, GELUs written out) are named there as well.
+    that are rectifiers by what they compute but not by name (``clamp(min=0)``, GELUs written out)
+    are named there as well.
 
     Args:
         model: any traceable module, in any mode; it is left as it is.

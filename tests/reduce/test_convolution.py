@@ -255,7 +255,7 @@ def test_bias_map_for_one_size_only() -> None:
     assert bias.value.shape == (5, 4, 4)
     assert result.model.get_submodule("2").bias is None
     same(model, result, x)
-    with pytest.raises(ValueError, match="folded for inputs of shape .* only"):
+    with pytest.raises(ValueError, match=r"folded for inputs of shape .* only"):
         result.model(grid(4, 12, 7))
     refused = fold(model, x, border="refuse")
     assert "meets the bias of '0': 62 % of the outputs" in reasons(refused)
