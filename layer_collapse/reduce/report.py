@@ -108,8 +108,9 @@ class FoldReport:
 
     ``max_abs`` and ``max_rel`` compare the folded with the unfolded model end to end, in float64
     with the stored weights; ``checked_sizes`` lists the input shapes on which that was done, none
-    where ``proven`` is False or nothing was folded. ``latency`` is for who folds to fill in: of the
-    whole model (:func:`layer_collapse.reduce.latency.compare`). ``traced_by`` is "fx" or "export" (see
+    where ``proven`` is False or nothing was folded. ``latency`` is for who folds to
+    fill in: of the whole model
+    (:func:`layer_collapse.reduce.latency.compare`). ``traced_by`` is "fx" or "export" (see
     :func:`layer_collapse.tracing.trace`). ``only_sizes``: shapes of the inputs, without the batch,
     where a fold holds for these (or for larger ones on which strides end alike) only; the folded
     network raises ValueError at others.

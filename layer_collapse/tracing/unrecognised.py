@@ -1,4 +1,4 @@
-"""Activations that are rectifiers by what they compute, not by name: named, not folded."""
+"""Activations that are rectifiers by what they compute, not by name: named, never folded."""
 
 from __future__ import annotations
 

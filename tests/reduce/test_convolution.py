@@ -17,7 +17,7 @@ from layer_collapse.reduce import ring
 from layer_collapse.reduce.border import best_border
 from layer_collapse.reduce.convolutions import geometry_of, merged
 from layer_collapse.reduce.fold import FoldResult, fold
-from layer_collapse.reduce.gate import AffineGate, ConstantBias
+from layer_collapse.reduce.gate import AffineGate, ConstantBias, FixedSize
 from layer_collapse.reduce.ring import RingConv
 from layer_collapse.reduce.saving import load_folded, save_folded
 
@@ -255,7 +255,7 @@ def test_bias_map_for_one_size_only() -> None:
     assert bias.value.shape == (5, 4, 4)
     assert result.model.get_submodule("2").bias is None
     same(model, result, x)
-    with pytest.raises(ValueError, match="serves inputs of that size only"):
+    with pytest.raises(ValueError, match=r"folded for inputs of shape .* only"):
         result.model(grid(4, 12, 7))
     refused = fold(model, x, border="refuse")
     assert "meets the bias of '0': 62 % of the outputs" in reasons(refused)
@@ -360,7 +360,7 @@ def test_batch_norm_in_front_of_zero_padding_is_a_map() -> None:
     model, x = seeded(nn.BatchNorm2d(4), C(4, 6, 3, padding=1)), grid(4, 6, 7)
     result = fold(model, x)
     assert made(result) == ["biasmap"]
-    assert {type(m) for m in result.model.children()} == {C, ConstantBias}
+    assert {type(m) for m in result.model.children()} == {C, ConstantBias, FixedSize}
     same(model, result, x)
     for border in ("refuse", "ring"):
         refused = fold(model, x, border=border)
@@ -385,7 +385,11 @@ def test_maps_move_on_so_that_everything_merges() -> None:
     )  # fmt: skip
     model, x = seeded(*layers), grid(4, 8, 7)
     result = fold(model, x)
-    assert sorted(type(m).__name__ for m in result.model.children()) == ["ConstantBias", "Conv2d"]
+    assert sorted(type(m).__name__ for m in result.model.children()) == [
+        "ConstantBias",
+        "Conv2d",
+        "FixedSize",
+    ]
     assert result.report.after.depth == 1
     same(model, result, x)
 

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from layer_collapse.reduce import registry, saving
 from layer_collapse.reduce.fold import fold
-from layer_collapse.reduce.gate import AffineGate, ConstantBias
+from layer_collapse.reduce.gate import AffineGate, ConstantBias, FixedSize
 from layer_collapse.reduce.ring import RingConv
 from layer_collapse.reduce.saving import load_folded, save_folded
 
@@ -131,6 +131,7 @@ def test_channels_last_survives(tmp_path: Path) -> None:
 def test_every_registered_module_can_be_rebuilt(tmp_path: Path, name: str) -> None:
     special = {
         "AffineGate": lambda: AffineGate(torch.ones(4), torch.zeros(4)),
+        "FixedSize": lambda: FixedSize((4, 6, 6), 2),
         "ConstantBias": lambda: ConstantBias(torch.ones(4, 1, 1)),
         "RingConv": lambda: RingConv(*(nn.Conv2d(4, 4, 3, padding="same") for _ in range(3))),
         "Unflatten": lambda: nn.Unflatten(1, (2, 2)),
