@@ -154,8 +154,8 @@ class FixedSize(nn.Module):
         if not self._fits(tuple(x.shape[1:])):
             larger = f", or larger by multiples of {self.step}," if self.step else ""
             raise ValueError(
-                f"this network was folded for inputs of shape [N, {', '.join(map(str, self.shape))}]"
-                f"{larger} only (got {list(x.shape)}); "
+                f"this network was folded for inputs of shape "
+                f"[N, {', '.join(map(str, self.shape))}]{larger} only (got {list(x.shape)}); "
                 "fold again with example inputs of the new size"
             )
         return x
