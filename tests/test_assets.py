@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from layer_collapse import assets
 from layer_collapse.models.efficientnet_lite import efficientnet_lite0
 from layer_collapse.models.encoder import minilm
-from layer_collapse.text import movie_snippets
+from layer_collapse.text import movie_snippets, trec_questions
 
 
 def fetched(name: str) -> Path:
@@ -87,3 +87,14 @@ def test_movie_snippets_are_balanced_and_padded() -> None:
     assert bool((sentences.ids[:, 0] == 101).all())  # [CLS]
     batch = sentences.batches(100)[-1]
     assert batch["input_ids"].shape == (73, 16)
+
+
+def test_trec_questions_come_once_in_six_classes() -> None:
+    fetched("trec-questions")
+    fetched("minilm")
+    questions = trec_questions()
+    assert questions.ids.shape == (len(questions), 32)
+    assert questions.y.unique().tolist() == list(range(6))
+    rows = (assets.fetch("trec-questions") / "questions.txt").read_bytes().splitlines()
+    assert 5000 < len(questions) < len(rows)
+    assert int(questions.mask.sum(1).min()) >= 3  # a word between two marks

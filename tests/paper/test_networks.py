@@ -1,0 +1,50 @@
+"""The networks of the experiments and their tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from layer_collapse.data import FASHION_MNIST_ROOT
+from layer_collapse.idx import find_fashion_mnist
+from layer_collapse.paper.loops import Inputs, Part, TrainingLoop
+from layer_collapse.paper.networks import NETWORKS, _sentences
+from layer_collapse.text import movie_snippets, trec_questions
+
+
+def _rows(part: Part) -> set[tuple[float, ...]]:
+    x: Inputs = part.x["input_ids"] if isinstance(part.x, dict) else part.x
+    return {tuple(row) for row in x.flatten(1).tolist()}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("load", [movie_snippets, trec_questions])
+def test_sentences_are_split_apart(load: object) -> None:
+    try:
+        task = _sentences(None, load=load, samples=2000)  # type: ignore[arg-type]
+    except OSError as error:
+        pytest.skip(str(error))
+    assert [len(p) for p in (task.training, task.validation, task.test)] == [2000, 1000, 1000]
+    places = [_rows(p) for p in (task.training, task.validation, task.test)]
+    assert not places[0] & places[2]
+    assert not places[1] & places[2]
+
+
+@pytest.mark.parametrize("name", ["resnet20", "vit-relu", "vit-gelu"])
+def test_a_network_trains_on_its_task(name: str) -> None:
+    try:
+        find_fashion_mnist(FASHION_MNIST_ROOT)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    network = NETWORKS[name]
+    task = network.task(None)
+    model = network.build()
+    loop = TrainingLoop(task.training, task.validation, network.recipe)
+    before = loop.loss(model)
+    loop.train(model, 0.1 if name != "resnet20" else 0.5)
+    assert loop.loss(model) < before
+
+
+def test_missing_data_get_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"[Ff]ashion"):
+        NETWORKS["resnet20"].task(tmp_path)
