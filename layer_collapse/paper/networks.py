@@ -53,8 +53,12 @@ class Network:
 def _images(root: Path | None, *, samples: int, side: int = 28) -> Task:
     found = data.load("fashion-mnist", root, train_samples=samples)
 
+    black, white = found.train.x.min(), found.train.x.max()  # pixels 0 and 255, standardised
+
     def part(split: data.Split) -> Part:
-        return Part(split.x if side == 28 else _as_photograph(split.x, side), split.y)
+        if side == 28:
+            return Part(split.x, split.y)
+        return Part(_as_photograph((split.x - black) / (white - black), side), split.y)
 
     held = data.Split(found.validation.x[:2000], found.validation.y[:2000])
     test = found.test if side == 28 else data.Split(found.test.x[:2000], found.test.y[:2000])
@@ -62,9 +66,9 @@ def _images(root: Path | None, *, samples: int, side: int = 28) -> Task:
 
 
 def _as_photograph(x: Tensor, side: int) -> Tensor:
-    """Grey images [N, 1, H, W] as [N, 3, side, side], by bilinear interpolation."""
+    """Grey images [N, 1, H, W] from 0 to 1 as EfficientNet-Lite reads [N, 3, side, side]."""
     larger = F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
-    return larger.expand(-1, 3, -1, -1).contiguous()
+    return ((larger - 0.498) / 0.502).expand(-1, 3, -1, -1).contiguous()
 
 
 def _sentences(root: Path | None, *, load: Callable[[], Sentences], samples: int) -> Task:

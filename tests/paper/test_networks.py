@@ -48,3 +48,16 @@ def test_a_network_trains_on_its_task(name: str) -> None:
 def test_missing_data_get_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"[Ff]ashion"):
         NETWORKS["resnet20"].task(tmp_path)
+
+
+def test_a_pretrained_network_sees_pixels_scaled_as_it_was_trained() -> None:
+    black, white = (0 - 0.498) / 0.502, (1 - 0.498) / 0.502
+    try:
+        find_fashion_mnist(FASHION_MNIST_ROOT)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    x = NETWORKS["efficientnet-lite0"].task(None).training.x
+    assert not isinstance(x, dict)
+    assert x.shape[1:] == (3, 64, 64)
+    assert float(x.min()) == pytest.approx(black, abs=1e-5)
+    assert float(x.max()) == pytest.approx(white, abs=1e-5)
