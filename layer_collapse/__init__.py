@@ -28,6 +28,7 @@ from .reduce.linearize import Linearized, linearize
 from .reduce.optimizer_state import TransferredState, transfer_optimizer_state
 from .reduce.refresh import refresh_batch_norm
 from .reduce.saving import load_folded, save_folded
+from .resume.checkpoints import Checkpoints
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "AffineGate",
     "Agreement",
     "BlockRemoval",
+    "Checkpoints",
     "CollapseResult",
     "CutError",
     "EntropyGuided",

@@ -10,7 +10,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_json", "to_json", "write_atomically", "write_json"]
+__all__ = ["read_json", "sync_folder", "to_json", "write_atomically", "write_json"]
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
@@ -47,11 +47,11 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
                 "make the folder writable with free space and run again"
             ) from error
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut, where the file system can do that.
+def sync_folder(folder: Path) -> None:
+    """Make renames and new names inside survive a power cut, where the file system can do that.
 
     The new content is already in place, so a file system (or Windows) that refuses to sync a
     folder is no failure of the write.

@@ -1,0 +1,1 @@
+"""Runs that can be killed at any moment, and go on."""
