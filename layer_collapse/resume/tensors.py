@@ -109,9 +109,7 @@ def read_tensors(folder: Path, tensors: dict[str, Tensor], group: Group) -> None
     from torch.distributed.checkpoint.state_dict_loader import load
 
     _quietly(
-        lambda **how: load(
-            tensors, storage_reader=HuggingFaceStorageReader(str(folder)), **how
-        ),
+        lambda **how: load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), **how),
         group,
     )
 

@@ -1,8 +1,8 @@
 """A job for torchrun that trains, prunes and saves, and is killed where its test says.
 
 torchrun ... faults_job.py KIND FOLDER STEPS [FAULT ...]: the i-th start meets the i-th FAULT,
-``rank:phase:number``, the number-th event of a phase on a rank. At the end each rank writes the hash
-of all it holds.
+``rank:phase:number``, the number-th event of a phase on a rank. At the end each rank writes the
+hash of all it holds.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import os
 import random
 import signal
+import stat
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import layer_collapse as lc
+from layer_collapse.resume.generators import random_state
 from layer_collapse.sharding import full
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -94,14 +96,21 @@ class Run:
     def hashes(self) -> dict[str, str]:
         """Of all that this rank holds, by name."""
         held: dict[str, Any] = {f"model {n}": full(t) for n, t in self.net.state_dict().items()}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            held |= {f"optimizer {i} {key}": full(value) for key, value in state.items()}
+        for name, parameter in self.model.named_parameters():
+            alive = 1  # the state of what was just pruned is cleared before the next step
+            if (masked := self.masks.name_of(parameter)) is not None:
+                alive = full(self.masks.bool_mask(masked))
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                held[f"optimizer {name} {key}"] = full(value) * (alive if value.dim() else 1)
         held |= {f"mask {n}": full(self.masks.bool_mask(n)) for n in self.masks.names}
         held |= {f"counts {n}": t for n, t in self.tracker.state_dict().items()}
-        held |= {"torch": torch.get_rng_state(), "lr": self.schedule.get_last_lr()}
-        held |= {"python": random.getstate(), "numpy": np.random.get_state()}
-        plain = {n: t.numpy().tobytes() if isinstance(t, Tensor) else repr(t).encode() for n, t in held.items()}
-        return {name: hashlib.sha256(value).hexdigest()[:16] for name, value in plain.items()}
+        held |= {"lr": self.schedule.get_last_lr(), **random_state()}
+        return {name: _hash(value) for name, value in held.items()}
+
+
+def _hash(value: Any) -> str:
+    data = value.numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def die() -> None:
@@ -135,7 +144,8 @@ def arm(phase: str, number: int) -> None:
 
         def fsync(descriptor: int) -> None:
             if event():
-                os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+                if stat.S_ISREG(os.fstat(descriptor).st_mode):  # and not a folder
+                    os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
                 die()
             sync(descriptor)
 
@@ -156,15 +166,17 @@ def arm(phase: str, number: int) -> None:
 
 def main(kind: str, folder: str, steps: str, *faults: str) -> None:
     dist.init_process_group("gloo")
-    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     run = Run(kind, Path(folder) / "checkpoints")
     start = run.checkpoints.load() or 0
     rank = dist.get_rank()
+    armed = len(list(Path(folder).glob("fault-*")))
+    dist.barrier()  # all have counted
     if rank == 0:
-        print(f"attempt {attempt} of {dist.get_world_size()} starts at {start}", flush=True)
-    if attempt < len(faults):
-        victim, phase, number = faults[attempt].split(":")
+        print(f"starts at {start}, has met {armed} faults", flush=True)
+    if armed < len(faults):
+        victim, phase, number = faults[armed].split(":")
         if rank == int(victim):
+            (Path(folder) / f"fault-{armed}").touch()
             arm(phase, int(number))
     for step in range(start, int(steps)):
         run.step(step)
