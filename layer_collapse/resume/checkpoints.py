@@ -26,6 +26,7 @@ __all__ = ["Checkpoints"]
 
 _NAME = re.compile(r"step-(\d{9,18})")
 _ROOM = "make room or repair it; earlier checkpoints are as they were"
+_OTHER = "build the run as it was saved, or choose another folder"
 _T = TypeVar("_T")
 
 
@@ -167,13 +168,13 @@ class Checkpoints:
         self._together(what, hint, lambda: self._check_content(path, manifest))
         tensors = self._together(
             what,
-            "build the run as it was saved, or choose another folder",
+            _OTHER,
             lambda: self._run.matching(manifest["state"], manifest["tensors"]),
         )
         new = zeros_like(tensors)
         self._together(what, hint, lambda: read_tensors(path / "tensors", new, self._group))
         ranks = range(mine, mine + 1) if same else range(saved)
-        set_own = self._together(what, hint, lambda: self._own_setter(path, ranks, same))
+        set_own = self._together(what, _OTHER, lambda: self._own_setter(path, ranks, same))
         self._run.apply_shared(rebuilt(manifest["state"], new))
         set_own()
         return int(manifest["step"])

@@ -39,12 +39,11 @@ class RunState:
             ValueError: the optimiser has not stepped yet, or something of ``others`` is not made of
                 plain values and tensors.
         """
-        before = None if self.optimizer.state else self.optimizer.state_dict()
+        fresh = not self.optimizer.state
         state = self._state()
-        if before is not None and self.optimizer.state:
-            # torch has taken a step with zero gradients, which counts: resumed, it would not be
-            # the run that it is now.
-            self.optimizer.load_state_dict(before)
+        if fresh and self.optimizer.state:
+            # Its steps would be one more than were taken.
+            self._forget_steps()
             raise ValueError("the optimiser has no state yet; save after its first step")
         tensors: dict[str, Tensor] = {}
         return flattened("run", state, tensors), tensors
@@ -61,12 +60,10 @@ class RunState:
         """
         names = {name: torch.empty(0, device="meta") for name in stored}
         content = rebuilt(saved, names)
-        before = None if self.optimizer.state else self.optimizer.state_dict()
-        try:
-            state = self._state()
-        finally:
-            if before is not None:
-                self.optimizer.load_state_dict(before)
+        fresh = not self.optimizer.state
+        state = self._state()
+        if fresh:
+            self._forget_steps()
         try:  # a parameter that had no gradient yet has no state
             stepped = content["optimizer"]["state"]
             own = state["optimizer"]["state"]
@@ -133,6 +130,11 @@ class RunState:
                 set_random()
 
         return apply
+
+    def _forget_steps(self) -> None:
+        """Undo that torch steps an optimiser without state, with zero gradients, to name it."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": {}, "param_groups": groups})
 
     def _weights(self) -> dict[str, Any]:
         from torch.distributed.checkpoint.state_dict import get_model_state_dict

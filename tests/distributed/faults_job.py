@@ -97,11 +97,14 @@ class Run:
         """Of all that this rank holds, by name."""
         held: dict[str, Any] = {f"model {n}": full(t) for n, t in self.net.state_dict().items()}
         for name, parameter in self.model.named_parameters():
-            alive = 1  # the state of what was just pruned is cleared before the next step
+            alive = torch.tensor(
+                True
+            )  # the state of what was just pruned is cleared before the next step
             if (masked := self.masks.name_of(parameter)) is not None:
                 alive = full(self.masks.bool_mask(masked))
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                held[f"optimizer {name} {key}"] = full(value) * (alive if value.dim() else 1)
+                kept = alive if value.dim() else torch.tensor(True)
+                held[f"optimizer {name} {key}"] = full(value).where(kept, 0)
         held |= {f"mask {n}": full(self.masks.bool_mask(n)) for n in self.masks.names}
         held |= {f"counts {n}": t for n, t in self.tracker.state_dict().items()}
         held |= {"lr": self.schedule.get_last_lr(), **random_state()}

@@ -247,7 +247,7 @@ def _of_another_run(folder: Path) -> None:
     run = Run("ddp", folder)
     for changed, sentence in (
         ({"masks": None}, "run/masks is a dict in the checkpoint and None here"),
-        ({"tracker": None}, "'counts/act' is only in one of"),
+        ({"tracker": None}, "'counts/:relu' is only in one of .*; build the run as it was saved"),
         ({"others": {}}, "run/others has 'schedule' only in the checkpoint"),
         ({"optimizer": torch.optim.SGD(run.model.parameters(), 0.1)}, "run/optimizer"),
     ):
