@@ -1,6 +1,9 @@
 """DistributedDataParallel on scikit-learn's digits, uneven data and all.
 
 torchrun --nproc-per-node 2 examples/ddp.py
+
+With --folder runs/ddp it saves after every round and, started again by hand or by torchrun's
+--max-restarts 3, goes on from the last: the result is the same.
 """
 
 import argparse
@@ -14,7 +17,7 @@ import layer_collapse as lc
 from layer_collapse import data, models
 
 
-def main(rounds: int, epochs: int) -> None:
+def main(rounds: int, epochs: int, folder: str) -> None:
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -24,7 +27,9 @@ def main(rounds: int, epochs: int) -> None:
     tracker = lc.track(model)
     masks = lc.Masks(lc.candidate_weights(model.module, tracker.sites))
     optimizer = lc.MaskedSGD(model.parameters(), 0.05, momentum=0.9, masks=masks)
-    for round_ in range(rounds + 1):
+    checkpoints = lc.Checkpoints(folder, model, optimizer, masks) if folder else None
+    start = checkpoints.load() or 0 if checkpoints else 0
+    for round_ in range(start, rounds + 1):
         tracker.reset()
         for _ in range(epochs):
             for batch in torch.randperm(len(digits.train) // world).split(32):
@@ -38,6 +43,8 @@ def main(rounds: int, epochs: int) -> None:
             report = tracker.entropy(dist.group.WORLD)
             lc.prune_round(model.module, masks, report, tracker.sites, fraction=0.9)
             masks.check_ranks()  # stops the run, with rank and tensor, if they differ
+            if checkpoints:
+                checkpoints.save(round_ + 1)
     tracker.remove()
 
     report = lc.scan(model.module, x.split(256), group=dist.group.WORLD)
@@ -56,4 +63,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--folder", default="", help="for checkpoints")
     main(**vars(parser.parse_args()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,13 @@ def test_example(name: str, tmp_path: Path) -> None:
     if name == "fsdp2":
         saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
         assert "masks.words.blocks.0.fc1.weight" in saved
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    options = ["--rounds", "2", "--epochs", "2", "--folder", str(tmp_path / "run")]
+    whole = _run("ddp", *options).splitlines()
+    shutil.rmtree(tmp_path / "run" / "step-000000002")
+    assert _run("ddp", *options).splitlines() == whole[1:]  # from round 1
 
 
 def test_the_training_code_is_short() -> None:
