@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .files import write_atomically
+from .files import check_header, check_text, write_atomically
 
 _KEY = "layer_collapse"
 
@@ -22,6 +22,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> 
 
     Raises:
         OSError: one sentence, e.g. the disk is full; the old file is untouched.
+        ValueError: ``meta`` is not JSON, or far more of it than of tensors.
     """
     # A copy each: safetensors refuses tensors that share memory, as tied weights do.
     plain = {
@@ -29,6 +30,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> 
         for name, tensor in tensors.items()
     }
     header = {_KEY: json.dumps(meta, allow_nan=False)}
+    check_text(len(header[_KEY]), sum(t.numel() * t.element_size() for t in plain.values()))
     write_atomically(path, safetensors.torch.save(plain, metadata=header))
 
 
@@ -42,6 +44,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
+        check_header(path)
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {})[_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

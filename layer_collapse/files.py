@@ -10,7 +10,15 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_json", "sync_folder", "to_json", "write_atomically", "write_json"]
+__all__ = [
+    "check_header",
+    "check_text",
+    "read_json",
+    "sync_folder",
+    "to_json",
+    "write_atomically",
+    "write_json",
+]
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
@@ -48,6 +56,38 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
             ) from error
         raise
     sync_folder(path.parent)
+
+
+#: Bytes of JSON that a file may hold however small its tensors are.
+_TEXT = 4 << 20
+
+
+def check_text(length: int, tensors: int) -> None:
+    """Whether JSON of so many bytes may go with so many bytes of tensors.
+
+    Parsed JSON can take 20 times its length; this keeps a file from taking much more than it has.
+
+    Raises:
+        ValueError: it is more than 4 MiB and a 64th of the tensors.
+    """
+    most = _TEXT + tensors // 64
+    if length > most:
+        raise ValueError(f"it has {length} bytes of JSON; expected at most {most}")
+
+
+def check_header(path: Path) -> None:
+    """Whether the header of a safetensors file is in the file and not larger than it should be.
+
+    Raises:
+        ValueError: it is not.
+        OSError: the file cannot be read.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > size - 8:
+        raise ValueError(f"its header of {length} bytes is not in its {size}")
+    check_text(length, size - 8 - length)
 
 
 def sync_folder(folder: Path) -> None:

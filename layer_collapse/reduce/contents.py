@@ -66,7 +66,7 @@ def checked(text: str, stored: Stored) -> tuple[dict[str, Any], fx.Graph, dict[s
     tensors = content["tensors"]
     for path, entry in tensors.items():
         _check_tensor(path, entry, stored)
-    used = {entry["stored"] for entry in tensors.values()}
+    used = set(strides_of(content))
     sums = content["checksums"]
     require(used == set(stored) == set(sums), "its tensors are not those of its recipe")
     require(all(type(s) is int for s in sums.values()), "its checksums are malformed")
@@ -87,6 +87,19 @@ def checked(text: str, stored: Stored) -> tuple[dict[str, Any], fx.Graph, dict[s
         blocked = owner_of(path, tensors) is not None or (path in modules and path in tensors)
         require(not blocked, f"{path!r:.80} stands where a tensor does")
     return content, graph, modules
+
+
+def strides_of(content: Mapping[str, Any]) -> dict[str, list[int]]:
+    """How each stored tensor is laid out, by its key in the file.
+
+    Raises:
+        ValueError: two paths that share one want it laid out differently.
+    """
+    found: dict[str, list[int]] = {}
+    for path, entry in content["tensors"].items():
+        same = found.setdefault(entry["stored"], entry["strides"]) == entry["strides"]
+        require(same, f"tensor {path!r:.80} has other strides than one that it is tied to")
+    return found
 
 
 def _check_tensor(path: Any, entry: Any, stored: Stored) -> None:
@@ -131,14 +144,14 @@ def assembled(
     modules: dict[str, nn.Module],
     values: dict[str, Tensor],
 ) -> fx.GraphModule:
-    """The model from a checked recipe and the tensors of the file."""
+    """The model from a checked recipe and the tensors of the file, laid out as it says."""
     made: dict[Any, Tensor] = {}
     root: dict[str, Any] = dict(modules)
     temporary = set()
     for path, entry in content["tensors"].items():
         place = _place(entry)
         if place not in made:
-            made[place] = _laid_out(values[entry["stored"]], entry)
+            made[place] = _made(values[entry["stored"]], entry)
         tensor = made[place]
         owner = owner_of(path, modules)
         if owner is None:
@@ -165,11 +178,8 @@ def _place(entry: Mapping[str, Any]) -> tuple[str, bool, bool]:
     return entry["stored"], entry["kind"] == "parameter", entry["trains"]
 
 
-def _laid_out(value: Tensor, entry: Mapping[str, Any]) -> Tensor:
-    tensor = value
-    if list(value.stride()) != entry["strides"]:
-        tensor = torch.empty_strided(value.shape, entry["strides"], dtype=value.dtype)
-        tensor.copy_(value)
+def _made(value: Tensor, entry: Mapping[str, Any]) -> Tensor:
+    """A tensor of its own for each way to use a value, in the value's memory."""
     if entry["kind"] == "parameter":
-        return nn.Parameter(tensor, requires_grad=entry["trains"])
-    return tensor.requires_grad_(entry["trains"])
+        return nn.Parameter(value, requires_grad=entry["trains"])
+    return value.detach().requires_grad_(entry["trains"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import keyword
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,7 @@ _FORMATS = {
         *(torch.channels_last, torch.channels_last_3d),
     )
 }
+_LONGEST = 1000  # characters: looking for the owners of a path takes their square
 _PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", re.ASCII)
 
 
@@ -41,7 +43,8 @@ def require(condition: bool, problem: str) -> None:
 
 def check_path(path: Any) -> None:
     """A path of a module or tensor that cannot reach anything else of a module."""
-    require(isinstance(path, str) and bool(_PATH.fullmatch(path)), f"bad path {path!r:.80}")
+    fine = isinstance(path, str) and len(path) <= _LONGEST and bool(_PATH.fullmatch(path))
+    require(fine, f"bad path {path!r:.80}")
     for part in path.split("."):
         require(not hasattr(nn.Module, part), f"path {path!r:.80} names a part of nn.Module")
         require(not hasattr(fx.GraphModule, part), f"path {path!r:.80} names a part of the graph")
@@ -174,7 +177,9 @@ def recipe_to_graph(nodes: Any, modules: set[str], tensors: set[str]) -> fx.Grap
         function = registry.FUNCTIONS[target] if op == "call_function" else target
         made[name] = graph.create_node(op, function, args, kwargs, name)
     try:
-        compile(graph.python_code("self").src, "recipe", "exec")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", SyntaxWarning)  # "perhaps you missed a comma?"
+            compile(graph.python_code("self").src, "recipe", "exec")
     except Exception as error:
         raise ValueError(f"its nodes are no program ({error!s:.80})") from error
     return graph

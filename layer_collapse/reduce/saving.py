@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, fx, nn
 
-from ..files import write_atomically
+from ..files import check_header, check_text, write_atomically
 from . import recipe
-from .contents import VERSION, assembled, checked, dense, named_tensors, owner_of
+from .contents import VERSION, assembled, checked, dense, named_tensors, owner_of, strides_of
 from .recipe import DTYPE_NAMES, require
 
 FORMAT = "layer_collapse.folded"
@@ -48,6 +48,7 @@ def save_folded(
     try:
         text, stored = _to_recipe(module, dict(extra or {}))
         checked(text, {key: (tuple(t.shape), t.dtype) for key, t in stored.items()})
+        check_text(len(text), sum(t.numel() * t.element_size() for t in stored.values()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"save_folded: {error}; nothing was written") from error
     header = {"format": FORMAT, "recipe": text, "crc32": str(zlib.crc32(text.encode()))}
@@ -67,6 +68,7 @@ def load_folded(path: str | os.PathLike[str]) -> fx.GraphModule:
     if not Path(path).is_file():
         raise FileNotFoundError(f"load_folded: there is no file {str(path)!r}")
     try:
+        check_header(Path(path))
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             require(header.get("format") == FORMAT, f"its format is not {FORMAT!r}")
@@ -76,13 +78,15 @@ def load_folded(path: str | os.PathLike[str]) -> fx.GraphModule:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             stored = {k: (tuple(s.get_shape()), _DTYPE[s.get_dtype()]) for k, s in slices.items()}
             content, graph, modules = checked(text, stored)
-            # Cloned to where torch aligns memory: elsewhere, matrix products round differently.
-            values = {key: file.get_tensor(key).clone() for key in stored}
+            values = {}
+            for key, strides in strides_of(content).items():
+                value = file.get_tensor(key)
+                require(_crc32(value) == content["checksums"][key], f"{key!r} is damaged")
+                # Copied to where torch aligns memory: elsewhere, matrix products round differently.
+                values[key] = torch.empty_strided(value.shape, strides, dtype=value.dtype)
+                values[key].copy_(value)
     except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"load_folded: {str(path)!r} cannot be loaded: {error}") from error
-    for key, value in values.items():
-        if _crc32(value) != content["checksums"][key]:
-            raise ValueError(f"load_folded: {str(path)!r} cannot be loaded: {key!r} is damaged")
     return assembled(content, graph, modules, values)
 
 

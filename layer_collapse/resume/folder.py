@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json, sync_folder, write_json
+from ..files import check_text, read_json, sync_folder, write_json
 
 __all__ = [
     "check_files",
@@ -21,7 +21,6 @@ __all__ = [
 
 _VERSION = 1
 _MANIFEST = "manifest.json"
-_MOST = 100_000  # processes
 _NAMES = {
     *("float64", "float32", "float16", "bfloat16", "bool"),
     *("int64", "int32", "int16", "int8", "uint8"),
@@ -67,6 +66,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ValueError: it is damaged.
         OSError: it cannot be read.
     """
+    if not (folder / _MANIFEST).is_file():
+        raise OSError(f"there is no file {_MANIFEST}")
+    size = sum(path.stat().st_size for path in folder.glob("*/*"))
+    check_text((folder / _MANIFEST).stat().st_size, size)
     content = read_json(folder / _MANIFEST)
     fields = {"version", "step", "processes", "state", "tensors", "files"}
     if not isinstance(content, dict) or set(content) != fields:
@@ -78,13 +81,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         type(content["step"]) is int
         and folder.name == f"step-{content['step']:09}"
         and type(processes) is int
-        and 1 <= processes <= _MOST
         and isinstance(files, dict)
+        and 1 <= processes <= len(files)
         and all(_whole(sums, 2) for sums in files.values())
         and {names_of(rank)[1] for rank in range(processes)} <= set(files)
         and isinstance(tensors, dict)
         and all(
-            isinstance(t, list) and len(t) == 2 and _whole(t[0]) and t[1] in _NAMES
+            isinstance(t, list)
+            and len(t) == 2
+            and _whole(t[0])
+            and isinstance(t[1], str)
+            and t[1] in _NAMES
             for t in tensors.values()
         )
     )
@@ -110,6 +117,8 @@ def _check_names(folder: Path, files: Mapping[str, Any]) -> None:
         for part in ("tensors", "processes")
         for path in (folder / part).iterdir()
     }
+    if odd := sorted(name for name in there if not (folder / name).is_file()):
+        raise ValueError(f"{odd[0]!r:.80} is no file")
     if odd := sorted(there ^ set(files)):
         state = "should not be there" if odd[0] in there else "is missing"
         raise ValueError(

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..files import check_header
 from ..ranks import Group
 from ..sharding import local
 
@@ -59,9 +60,14 @@ def check_content(folder: Path, expected: Mapping[str, Any]) -> None:
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
+    for path in sorted((folder / "tensors").iterdir()):
+        check_header(path)
     try:
         metadata = HuggingFaceStorageReader(str(folder / "tensors")).read_metadata()
-    except (SafetensorError, KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+    except (
+        *(SafetensorError, KeyError, TypeError, AttributeError, IndexError, ValueError),
+        RecursionError,
+    ) as error:
         raise ValueError(f"a header is malformed ({error!s:.80})") from error
     found = metadata.state_dict_metadata
     if odd := sorted(set(found) ^ set(expected)):

@@ -172,5 +172,5 @@ WAYS: tuple[Callable[[random.Random, bytes], bytes], ...] = (
 
 def mutated(draw: random.Random, data: bytes) -> bytes:
     """A safetensors file with JSON in its metadata, changed in one way."""
-    ways = WAYS if b"__metadata__" in data and b"{\\\"" in data else WAYS[:5]
+    ways = WAYS if b"__metadata__" in data and b'{\\"' in data else WAYS[:5]
     return draw.choice(ways)(draw, data)
