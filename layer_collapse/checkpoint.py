@@ -50,8 +50,8 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is no checkpoint of layer_collapse or is damaged ({error}); delete it to "
-            "start again"
+            f"{path} is no checkpoint of layer_collapse or is damaged ({error!s:.300}); delete it "
+            "to start again"
         ) from error
     if not isinstance(meta, dict):
         raise ValueError(f"{path} is damaged (its header is no object); delete it to start again")

@@ -147,7 +147,9 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     try:
         return json.loads(text.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected JSON in {path} ({error}); write the file again") from error
+        raise ValueError(
+            f"expected JSON in {path} ({error!s:.300}); write the file again"
+        ) from error
 
 
 def _refuse_constant(name: str) -> Any:

@@ -86,7 +86,7 @@ def load_folded(path: str | os.PathLike[str]) -> fx.GraphModule:
                 values[key] = torch.empty_strided(value.shape, strides, dtype=value.dtype)
                 values[key].copy_(value)
     except (SafetensorError, KeyError, ValueError, RecursionError) as error:
-        raise ValueError(f"load_folded: {str(path)!r} cannot be loaded: {error}") from error
+        raise ValueError(f"load_folded: {str(path)!r} cannot be loaded: {error!s:.300}") from error
     return assembled(content, graph, modules, values)
 
 

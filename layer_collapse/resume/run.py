@@ -64,12 +64,12 @@ class RunState:
         state = self._state()
         if fresh:
             self._forget_steps()
-        try:  # a parameter that had no gradient yet has no state
-            stepped = content["optimizer"]["state"]
-            own = state["optimizer"]["state"]
-            state["optimizer"]["state"] = {name: own[name] for name in own if name in stepped}
-        except (KeyError, TypeError, IndexError) as error:
-            raise ValueError("the state is malformed") from error
+        optimizer = content.get("optimizer") if isinstance(content, dict) else None
+        stepped = optimizer.get("state") if isinstance(optimizer, dict) else None
+        if not isinstance(stepped, dict):
+            raise ValueError("the state is malformed")
+        own = state["optimizer"]["state"]  # a parameter that had no gradient yet has no state
+        state["optimizer"]["state"] = {name: own[name] for name in own if name in stepped}
         tensors: dict[str, Tensor] = {}
         compared("run", saved, flattened("run", state, tensors))
         return _alike(tensors, stored)

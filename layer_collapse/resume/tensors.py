@@ -135,4 +135,4 @@ def _quietly(call: Any, group: Group) -> None:
             f"rank {rank}: {str(cause).splitlines()[0] if str(cause) else cause!r}"
         ) from error
     except SafetensorError as error:
-        raise OSError(str(error)) from error
+        raise OSError(f"{error!s:.300}") from error

@@ -19,10 +19,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import layer_collapse as lc
 from layer_collapse import checkpoint
+from tests.hostile.victim import kilobytes, start_peak
 from tests.reduce import models
 
 _ROOT = Path(__file__).parents[2]
@@ -195,6 +196,20 @@ def test_more_json_than_tensors(saved: bytes, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="bytes of JSON"):
         checkpoint.save(tmp_path / "n.safetensors", {}, {"x": "y" * (5 << 20)})
     assert not (tmp_path / "n.safetensors").exists()
+
+
+def test_loading_takes_twice_the_file(tmp_path: Path) -> None:
+    """The file's pages and the tensors, even where they are laid out otherwise than in the file."""
+    model = nn.Sequential(nn.Conv2d(1500, 1200, 3)).to(memory_format=torch.channels_last)
+    path = tmp_path / "m.safetensors"
+    lc.save_folded(fx.symbolic_trace(model), path)
+    size = path.stat().st_size
+    assert size > 60 << 20
+    del model
+    before = start_peak()
+    loaded = lc.load_folded(path)
+    assert loaded.get_parameter("0.weight").is_contiguous(memory_format=torch.channels_last)
+    assert 1024 * (kilobytes("VmHWM") - before) < 2.1 * size + (8 << 20)
 
 
 def _write(path: Path, data: bytes) -> Path:
