@@ -6,6 +6,7 @@ The rules are in :mod:`layer_collapse.reduce.rules`; nothing here knows them one
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -305,14 +306,17 @@ def _guard_sizes(work: Work, step: int) -> None:
 
 
 def _step(graph: fx.GraphModule) -> int:
-    """By what inputs may grow for all strides to end as they do: their product; 0 if not known."""
+    """By what inputs may grow for all strides to end as they do: their product; 0 if not known.
+
+    Over all dims, so that it is a multiple of what each dim needs.
+    """
     step = 1
     for node in graph.graph.nodes:
         module = submodule(graph, node)
         if module is None and any(part in node.name for part in ("conv", "pool", "unfold")):
             return 0
         stride = getattr(module, "stride", 1)
-        step *= max(stride) if isinstance(stride, tuple) else int(stride or 1)
+        step *= math.prod(stride) if isinstance(stride, tuple) else int(stride or 1)
     return step
 
 

@@ -99,7 +99,7 @@ def test_zero_padding_gives_a_bias_map_for_one_size() -> None:
     assert [f.rule for f in result.report.folds if f.name == "blocks.0.conv1"] == ["biasmap"]
     assert result.model.get_submodule("constant_bias_0").value.shape == (6, 6, 6)
     assert relative(result.model(x), model.eval()(x)) < 1e-5
-    with pytest.raises(ValueError, match="serves inputs of that size only"):
+    with pytest.raises(ValueError, match=r"folded for inputs of shape \[N, 3, 6, 6\] only"):
         result.model(torch.zeros(1, 3, 8, 8))
     assert result.report.checked_sizes == [[[2, 3, 6, 6]]] * 2
 

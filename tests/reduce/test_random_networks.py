@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from layer_collapse.reduce import proof, rules
 from layer_collapse.reduce.fold import FoldResult, fold
-from layer_collapse.reduce.gate import ConstantBias
+from layer_collapse.reduce.gate import ConstantBias, FixedSize
 from layer_collapse.reduce.work import Plan, Work
 
 from . import folding_oracle as oracle
@@ -63,10 +63,13 @@ def assert_equal(net: Network, unfolded: nn.Module, result: FoldResult) -> None:
     dtype = next(iter(unfolded.parameters())).dtype
     reference, candidate = copy.deepcopy(unfolded).double(), copy.deepcopy(result.model).double()
     example = net.shapes[0]
-    alike = [n + more for n, more in zip(example[2:], net.period, strict=False)]
+    step = next((m.step for m in result.model.modules() if isinstance(m, FixedSize)), 0)
+    assert all(step % more == 0 for more in net.period)  # the guard lets nothing wrong in
+    # what it lets in grows with the product of all strides: too large an image proves no more
+    alike = [(1, example[1], *(n + step for n in example[2:]))] if 0 < step <= 16 else []
     shapes = {
         "any": net.shapes,
-        "as the strides end": [example, (1, example[1], *alike)],
+        "as the strides end": [example, *alike],
         "one size": [example],
     }
     for shape in shapes[validity(result)]:

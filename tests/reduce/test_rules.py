@@ -137,7 +137,7 @@ def test_gate_behind_a_sum_goes_forward_where_it_can() -> None:
     padded.gate.offset[1] = 6.0
     mapped = check(padded, torch.randn(2, 4, 5, 5))
     assert rules(mapped) == ["biasmap"]
-    assert left(mapped) == {"a", "out", "constant_bias_0"}
+    assert left(mapped) == {"a", "out", "constant_bias_0", "fixed_size_0"}
     refused = check(padded, torch.randn(2, 4, 5, 5), border="refuse")
     assert "border map" in reason(refused, "forward")
     assert "not a layer with weights" in reason(refused, "gate")
@@ -451,7 +451,7 @@ def test_mean_over_a_border_map_holds_for_one_size() -> None:
     nn.init.zeros_(model.a.weight)
     result = check(model, torch.randn(2, 2, 5, 5))
     assert rules(result) == ["biasmap", "absorb"]
-    assert left(result) == {"stem"}
+    assert left(result) == {"stem", "fixed_size_0"}
     assert result.report.checked_sizes == [[[2, 2, 5, 5]]] * 2
 
 
