@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -29,6 +30,7 @@ from layer_collapse.ops.rectify import (
     COUNT,
     FLAGS,
     HEADER,
+    LIVE,
     POSITIONS,
     apply_torch,
     counts_of,
@@ -526,3 +528,35 @@ def test_older_machines_give_the_same(machine: str) -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_two_threads_share_a_ledger() -> None:
+    """rectify and bn_rectify count into one ledger at once: no count is lost."""
+    channels, calls = 16384, 200  # much to add for little to count: the two meet all the time
+    kind = KINDS["relu"]
+    ledger = new_ledger(kind, channels)
+    ledger[FLAGS] |= LIVE
+    x = sample(2, channels)
+    numbers = torch.zeros(channels), torch.ones(channels)
+    start = threading.Barrier(2)
+
+    def rectifies() -> None:
+        start.wait()
+        for _ in range(calls):
+            rectify(call_of(kind, x, 1, False), ledger, 1)
+
+    def normalises() -> None:
+        start.wait()
+        for _ in range(calls):
+            torch.ops.layer_collapse.bn_rectify(
+                x, None, None, *numbers, ledger, False, 0.1, 0.0, kind.code, 0.0
+            )
+
+    threads = [threading.Thread(target=target) for target in (rectifies, normalises)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    _, alone = run(kind, x, 1)
+    assert ledger[POSITIONS] == 2 * calls * alone[POSITIONS]
+    assert torch.equal(ledger[HEADER:], 2 * calls * alone[HEADER:])
