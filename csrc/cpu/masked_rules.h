@@ -71,12 +71,14 @@ struct SgdRule {
   using Real = Compute<Weight>;
   static constexpr uint32_t kIdle = 0;
 
-  Weight* param;                          // [numel]
-  const Weight* grad;                     // [numel]
-  Weight* buffer;                         // [numel], nullptr without momentum
-  Real lr, momentum, gain, weight_decay;  // gain = 1 - dampening
+  Weight* param;       // [numel]
+  const Weight* grad;  // [numel]
+  Weight* buffer;      // [numel], nullptr without momentum
+  Real lr, momentum, weight_decay;
+  Real keep, gain;  // of buffer and gradient: momentum and 1 - dampening; 0 and 1 in a first step
+  bool nesterov;
   Gradient<Real> slope_of;
-  Choice<Real> decays, nesterov, first_step;
+  Choice<Real> decays;
 
   LC_INLINE void prefetch(int64_t base) const {
     prefetch_line(param + base);
@@ -84,14 +86,22 @@ struct SgdRule {
     if (buffer) prefetch_line(buffer + base);
   }
 
+  enum class Momentum { none, heavy_ball, nesterov };
+
   LC_INLINE void block(int64_t base, int64_t count, uint32_t bits) const {
-    if (slope_of.scaled)
-      return buffer ? loop<true, true>(base, count, bits) : loop<false, true>(base, count, bits);
-    buffer ? loop<true, false>(base, count, bits) : loop<false, false>(base, count, bits);
+    if (!buffer) return scale<Momentum::none>(base, count, bits);
+    if (nesterov) return scale<Momentum::nesterov>(base, count, bits);
+    scale<Momentum::heavy_ball>(base, count, bits);
   }
 
-  template <bool kMomentum, bool kScaled>
+  template <Momentum kind>
+  LC_INLINE void scale(int64_t base, int64_t count, uint32_t bits) const {
+    slope_of.scaled ? loop<kind, true>(base, count, bits) : loop<kind, false>(base, count, bits);
+  }
+
+  template <Momentum kind, bool kScaled>
   LC_INLINE void loop(int64_t base, int64_t count, uint32_t bits) const {
+    constexpr bool kMomentum = kind != Momentum::none;
     Numbers<Weight> weights, velocities, slopes;
     Real* __restrict__ params = weights.open(param + base, count);
     Real* __restrict__ buffers = kMomentum ? velocities.open(buffer + base, count) : nullptr;
@@ -104,11 +114,9 @@ struct SgdRule {
       const Real decayed = slope + weight_decay * weight;
       slope = decays.pick(decayed, slope);
       if constexpr (kMomentum) {
-        const Real later = buffers[j] * momentum + gain * slope;
-        const Real velocity = first_step.pick(slope, later);
-        const Real ahead = slope + momentum * velocity;
+        const Real velocity = buffers[j] * keep + gain * slope;
         buffers[j] = keep_alive<Real>(velocity, alive);
-        slope = nesterov.pick(ahead, velocity);
+        slope = kind == Momentum::nesterov ? slope + momentum * velocity : velocity;
       }
       params[j] = keep_alive<Real>(weight - lr * slope, alive);
     }

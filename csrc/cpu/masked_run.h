@@ -78,12 +78,17 @@ Gradient<Real> make_gradient(std::optional<double> grad_scale, bool maximize) {
 template <typename Weight>
 SgdRule<Weight> make_rule(const StepTensor& tensor, const SgdOptions& how) {
   using Real = Compute<Weight>;
-  return {static_cast<Weight*>(tensor.param),    static_cast<const Weight*>(tensor.grad),
-          static_cast<Weight*>(tensor.state[0]), static_cast<Real>(how.lr),
-          static_cast<Real>(how.momentum),       static_cast<Real>(1 - how.dampening),
-          static_cast<Real>(how.weight_decay),   make_gradient<Real>(how.grad_scale, how.maximize),
-          Choice<Real>(how.weight_decay != 0),   Choice<Real>(how.nesterov),
-          Choice<Real>(how.first_step)};
+  return {static_cast<Weight*>(tensor.param),
+          static_cast<const Weight*>(tensor.grad),
+          static_cast<Weight*>(tensor.state[0]),
+          static_cast<Real>(how.lr),
+          static_cast<Real>(how.momentum),
+          static_cast<Real>(how.weight_decay),
+          static_cast<Real>(how.first_step ? 0 : how.momentum),
+          static_cast<Real>(how.first_step ? 1 : 1 - how.dampening),
+          how.nesterov,
+          make_gradient<Real>(how.grad_scale, how.maximize),
+          Choice<Real>(how.weight_decay != 0)};
 }
 
 template <typename Weight>

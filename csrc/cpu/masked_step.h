@@ -21,7 +21,7 @@ struct StepTensor : MaskedTensor {
 struct SgdOptions {
   double lr, momentum, dampening, weight_decay;
   bool nesterov, maximize;
-  bool first_step;  // the momentum buffers are set to the gradient
+  bool first_step;  // the momentum buffers, all zeros, are set to the gradient
   std::optional<double> grad_scale;
 };
 
