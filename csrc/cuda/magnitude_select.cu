@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cuda/magnitude_select.cuh"
+#include "cuda/magnitude_cut.cuh"
 #include "cuda/table.h"
 
 namespace layer_collapse {
