@@ -9,6 +9,11 @@ namespace layer_collapse {
 // Words that one warp takes in the kernels below.
 inline constexpr int kSegmentWords = 32;
 
+// Segments of that many words in the mask of numel weights.
+LC_HOST_DEVICE constexpr int64_t segments_of(int64_t numel) {
+  return (mask_words(numel) + kSegmentWords - 1) / kSegmentWords;
+}
+
 // visit(tensor, number of the segment in it, first word, last word) for the segments of this warp;
 // table.chunk is a multiple of kSegmentWords. All lanes of a warp visit together.
 template <typename Visit>
@@ -64,28 +69,34 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   });
 }
 
-// shares[n]: what lies below the cut, and the ties in the order of the tensors. One thread.
+// shares[n]: what lies below the cut, and the ties in the order of the tensors; clears the totals.
+// One thread.
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    shares_kernel(const Cut* cut, const int64_t* totals, int64_t tensors, int64_t* shares) {
+    shares_kernel(const Cut* cut, int64_t* totals, int64_t tensors, int64_t* shares) {
   if (threadIdx.x != 0) return;
   int64_t left = cut->wanted > 0 && cut->failed == 0 ? cut->left : 0;
   for (int64_t i = 0; i < tensors; ++i) {
     const int64_t equal = totals[2 * i + 1], taken = left < equal ? left : equal;
     shares[i] = totals[2 * i] + taken;
     left -= taken;
+    totals[2 * i] = totals[2 * i + 1] = 0;
   }
 }
 
-// counts[first .. last) -> the sums of those before each. One block per list entry.
+// The ties of each segment -> those before it in its tensor. One block per tensor of the table.
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    scan_kernel(const int64_t* bounds, int64_t* counts) {
+    scan_kernel(const __grid_constant__ SelectTable table,
+                const __grid_constant__ TensorNames offsets, const Cut* cuts, int64_t* ties) {
+  const Cut& cut = cuts[table.group[blockIdx.x]];
+  if (cut.wanted <= 0 || cut.failed != 0) return;  // nothing was counted
   using Sums = int64_t[kMaxWarps + 1];
   LC_SHARED(Sums, sums);  // of each warp, then of all before it; last: of the whole round
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int warps = blockDim.x / kWarp;
-  const int64_t last = bounds[blockIdx.x + 1];
+  int64_t* counts = ties + offsets.number[blockIdx.x];
+  const int64_t last = segments_of(table.numel[blockIdx.x]);
   int64_t carried = 0;
-  for (int64_t base = bounds[blockIdx.x]; base < last; base += blockDim.x) {
+  for (int64_t base = 0; base < last; base += blockDim.x) {
     const int64_t place = base + threadIdx.x;
     const int64_t own = place < last ? counts[place] : 0;
     int64_t upto = own;

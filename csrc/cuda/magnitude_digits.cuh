@@ -6,7 +6,9 @@
 // bucket's next 11 bits narrows it down, and so on. On a GPU that is, per digit,
 //   histogram_kernel  counts a block's weights in shared memory, then adds to hist[group]
 //   choose_kernel     finds the bucket of every group and clears the histogram
-// with nothing fetched in between: the cut stays in device memory. The op magnitude_histogram gives
+// with nothing fetched, then or later: the cut stays in device memory, and what there is to refuse
+// is told there too. What a launch adds to is cleared by the one that reads it, so a CUDA graph of
+// all of them can be replayed. The op magnitude_histogram gives
 // the histograms themselves, to be summed over ranks before a digit is chosen from them.
 // A group is what one k belongs to: all tensors for magnitude_shares, one for magnitude_prune_.
 #pragma once
@@ -27,7 +29,6 @@ struct Cut {
   uint64_t prefix;     // the digits chosen so far
   int64_t left;        // how many of the bucket's weights belong to the k smallest
   int64_t wanted;      // k
-  int64_t alive;       // weights of the group, known after the first digit
   int64_t nan_tensor;  // the first tensor with an alive NaN, or INT64_MAX
   int64_t failed;      // 1 if k is out of range or there is such a tensor: the cut means nothing
 };
@@ -129,9 +130,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   add_to(sums + kBuckets, nans);
 }
 
-// One block per group: chooses the next digit of its cut from hist[group] and clears that.
+// One block per group: chooses the next digit of its cut from hist[group] and clears that; with the
+// first digit writes info[group][3] (magnitude_select.h).
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    choose_kernel(Cut* cuts, const Digit digit, int64_t* hist, int64_t* failures) {
+    choose_kernel(Cut* cuts, const Digit digit, int64_t* hist, int64_t* failures, int64_t* info) {
   using Counts = int64_t[kThreads];
   LC_SHARED(Counts, counts);  // of each thread's buckets, then of all before them
   Cut& cut = cuts[blockIdx.x];
@@ -149,9 +151,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       sum += here;
     }
     if (digit.first) {
-      cut.alive = sum;
+      const bool nan = cut.nan_tensor != INT64_MAX;
+      int64_t* told = info + 3 * static_cast<int64_t>(blockIdx.x);
+      told[0] = cut.wanted;
+      told[1] = sum;
+      told[2] = nan ? cut.nan_tensor : -1;
       cut.left = cut.wanted;
-      cut.failed = cut.wanted < 0 || cut.wanted > sum || cut.nan_tensor != INT64_MAX;
+      cut.failed = cut.wanted < 0 || cut.wanted > sum || nan;
       if (cut.failed != 0) add_to(failures, 1);
     }
   }

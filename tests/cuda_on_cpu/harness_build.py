@@ -78,7 +78,10 @@ def ops(*, bfloat16: int | None = None, sanitize: bool = True) -> Path:
         name, sources = f"{name}_{bfloat16}", [CUDA / "rectify.cu", CUDA / "rectify_op.cpp"]
         flags.append(f"-DLC_BFLOAT16={bfloat16}")
     flags.append(f"-DLC_CUDA_LIBRARY={name}")
-    objects = [_compile(source, flags) for source in [*sources, HERE / "settings.cpp"]]
+    objects = [_compile(source, flags) for source in sources]
+    # beyond the stable ABI: it takes the place of torch's allocator
+    beyond = ["-UTORCH_STABLE_ONLY", "-UTORCH_TARGET_VERSION"]
+    objects.append(_compile(HERE / "settings.cpp", [*flags, *beyond]))
     stem = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:16]
     target = _folder() / f"{name}-{stem}.so"
     if not target.exists():
