@@ -45,14 +45,20 @@ STABLE_TORCH_LIBRARY(layer_collapse, m) {
   // Sets every element whose mask bit is 0 to zero.
   m.def("apply_masks_(Tensor(a!)[] tensors, Tensor[] masks) -> ()");
 
-  // How many of the k smallest alive |w|, by (|w|, tensor, index), lie in each tensor: [n] int64.
-  m.def("magnitude_shares(Tensor[] weights, Tensor[] masks, int k) -> Tensor");
+  // How many of the k smallest alive |w|, by (|w|, tensor, index), lie in each tensor: [n] int64;
+  // and what there is to refuse, [1, 3] (magnitude_arguments.h): all shares are 0 then. No op of a
+  // selection waits for the device, so none refuses what only the device knows.
+  m.def("magnitude_shares(Tensor[] weights, Tensor[] masks, int k) -> (Tensor, Tensor)");
   // Per tensor, alive |w| by the digit that follows `prefix` ([1] int64, the digits before it): [n,
   // 2049] int64, 2048 buckets and how many of the counted are NaN. |w| are unsigned integers of 31
   // bits (`wide`: 63), their digits 11 bits each, the last one fewer.
   m.def(
       "magnitude_histogram(Tensor[] weights, Tensor[] masks, Tensor prefix, int digit, bool wide) "
       "-> Tensor");
-  // Clears the mask bits of the counts[i] smallest alive |w| of tensor i, by (|w|, index).
-  m.def("magnitude_prune_(Tensor[] weights, Tensor(a!)[] masks, int[] counts) -> ()");
+  // Clears the mask bits of the counts[i] smallest alive |w| of tensor i, by (|w|, index). What
+  // there is to refuse, [n, 3]: no mask has changed then.
+  m.def("magnitude_prune_(Tensor[] weights, Tensor(a!)[] masks, int[] counts) -> Tensor");
+  // The same with counts [n] int64 on the weights' device, as magnitude_shares gives them.
+  m.def(
+      "magnitude_prune_.on_device(Tensor[] weights, Tensor(a!)[] masks, Tensor counts) -> Tensor");
 }

@@ -1,3 +1,4 @@
+#include "cuda/apply_masks.cuh"
 #include "cuda/masked_step.cuh"
 
 #include "cuda/table.h"
