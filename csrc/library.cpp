@@ -31,17 +31,18 @@ STABLE_TORCH_LIBRARY(layer_collapse, m) {
   m.def("layer_entropies(Tensor[] ledgers, int[] kinds) -> (Tensor, Tensor, Tensor)");
 
   // The next step of torch.optim.SGD on the alive weights; pruned weights and their state become 0.
+  // The rate is lr times lr_scale, which a graph can be told anew.
   m.def(
       "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
       "Tensor[] masks, float lr, float momentum, float dampening, float weight_decay, "
-      "bool nesterov, bool maximize, bool first_step, Tensor? grad_scale, Tensor? found_inf) -> "
-      "()");
+      "bool nesterov, bool maximize, bool first_step, Tensor? grad_scale, Tensor? found_inf, "
+      "Tensor? lr_scale) -> ()");
   // The same for torch.optim.AdamW; steps holds the number of this step per tensor, from 1.
   m.def(
       "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor[] masks, Tensor[] steps, "
       "float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize, "
-      "Tensor? grad_scale, Tensor? found_inf) -> ()");
+      "Tensor? grad_scale, Tensor? found_inf, Tensor? lr_scale) -> ()");
   // Sets every element whose mask bit is 0 to zero.
   m.def("apply_masks_(Tensor(a!)[] tensors, Tensor[] masks) -> ()");
 

@@ -25,7 +25,9 @@ struct DeviceScalar {
 struct StepArguments {
   double lr, weight_decay;
   bool maximize;
-  DeviceScalar grad_scale, found_inf;
+  DeviceScalar grad_scale, found_inf, lr_scale;
+
+  __device__ __forceinline__ double rate() const { return lr * lr_scale.get(1.0); }
 };
 
 template <typename Real>
@@ -170,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const DeviceSgd<T, kMomentum> rule{static_cast<T*>(data[0]),
                                      static_cast<const T*>(data[1]),
                                      static_cast<T*>(data[2]),
-                                     static_cast<Real>(a.step.lr),
+                                     static_cast<Real>(a.step.rate()),
                                      static_cast<Real>(a.momentum),
                                      static_cast<Real>(1 - a.dampening),
                                      static_cast<Real>(a.step.weight_decay),
@@ -209,14 +211,15 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
   if (corrections[0] == 0) return;
+  const double rate = a.step.rate();
   const DeviceAdamW<T, kAmsgrad> rule{static_cast<T*>(data[0]),
                                       static_cast<const T*>(data[1]),
                                       static_cast<T*>(data[2]),
                                       static_cast<T*>(data[3]),
                                       static_cast<T*>(data[4]),
-                                      static_cast<Real>(a.step.lr / corrections[0]),
+                                      static_cast<Real>(rate / corrections[0]),
                                       static_cast<Real>(1 / sqrt(corrections[1])),
-                                      static_cast<Real>(1 - a.step.lr * a.step.weight_decay),
+                                      static_cast<Real>(1 - rate * a.step.weight_decay),
                                       static_cast<Real>(1 - a.beta1),
                                       static_cast<Real>(a.beta2),
                                       static_cast<Real>(1 - a.beta2),

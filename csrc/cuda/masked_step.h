@@ -26,7 +26,7 @@ struct ScalarArgument {
 struct StepOptions {
   double lr, weight_decay;
   bool maximize;
-  ScalarArgument grad_scale, found_inf;
+  ScalarArgument grad_scale, found_inf, lr_scale;
 };
 struct SgdOptions {
   StepOptions step;

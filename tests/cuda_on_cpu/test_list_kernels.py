@@ -116,10 +116,11 @@ def test_sgd(kernels: Kernels, dtype: torch.dtype, layout: str) -> None:
         for ops in (kernels.ops, CPU):
             own = [[t.clone() for t in group] for group in (params, buffers)]
             grad_scale = None if scale is None else torch.tensor(scale)
+            rate = (None, torch.tensor(0.5), torch.tensor([0.3], dtype=torch.float64))[seed % 3]
             found = torch.zeros((), dtype=torch.float64)
             ops.masked_sgd_(
                 own[0], grads, own[1], masks,
-                0.1, momentum, damp, decay, nesterov, maximize, first, grad_scale, found,
+                0.1, momentum, damp, decay, nesterov, maximize, first, grad_scale, found, rate,
             )  # fmt: skip
             both.append(own)
         for got, expected in zip(*both, strict=True):
@@ -147,9 +148,10 @@ def test_adamw(kernels: Kernels, dtype: torch.dtype, layout: str) -> None:
         for ops in (kernels.ops, CPU):
             own = [[t.clone() for t in group] for group in (params, averages, squares, maxima)]
             grad_scale = None if scale is None else torch.tensor(scale)
+            rate = (None, torch.tensor(0.5), torch.tensor([0.3], dtype=torch.float64))[seed]
             ops.masked_adamw_(
                 own[0], grads, *own[1:], masks, steps,
-                1e-2, 0.9, 0.999, 1e-8, 1e-2, maximize, grad_scale, None,
+                1e-2, 0.9, 0.999, 1e-8, 1e-2, maximize, grad_scale, None, rate,
             )  # fmt: skip
             both.append(own)
         for got, expected in zip(*both, strict=True):
@@ -161,13 +163,14 @@ def test_found_inf_leaves_all_unchanged(kernels: Kernels) -> None:
     (params, grads, buffers), masks = tensors_of(torch.float32, "plain", 3, 0)
     own = [t.clone() for t in params]
     kernels.ops.masked_sgd_(
-        own, grads, buffers, masks, 0.1, 0.9, 0.0, 0.0, False, False, False, None, torch.ones(1)
-    )
+        own, grads, buffers, masks,
+        0.1, 0.9, 0.0, 0.0, False, False, False, None, torch.ones(1), None,
+    )  # fmt: skip
     assert all(map(torch.equal, own, params))
     steps = [torch.ones(()) for _ in params]
     kernels.ops.masked_adamw_(
         own, grads, buffers, buffers, [], masks, steps,
-        0.1, 0.9, 0.99, 1e-8, 0.0, False, None, torch.ones(1),
+        0.1, 0.9, 0.99, 1e-8, 0.0, False, None, torch.ones(1), None,
     )  # fmt: skip
     assert all(map(torch.equal, own, params))
 
@@ -179,7 +182,7 @@ def test_a_warp_of_dead_words_touches_no_weight(kernels: Kernels) -> None:
     mask = torch.zeros(128, dtype=torch.int32)
     ops = kernels.ops
     ops.masked_sgd_(
-        [weights], [kept], [], [mask], 0.1, 0.0, 0.0, 0.0, False, False, False, None, None
+        [weights], [kept], [], [mask], 0.1, 0.0, 0.0, 0.0, False, False, False, None, None, None
     )
     assert weights.isnan().all()
 

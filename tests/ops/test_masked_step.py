@@ -310,6 +310,25 @@ def test_grad_scale_and_found_inf():
         assert torch.equal(buffer, before[1])
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_rate_in_a_tensor_is_that_number(name, dtype, device):
+    """To the bit, and read at every step."""
+    weight, grad, state, words = sgd_case((5, 70), torch.float32, 0.5, device=device)
+    twin, *twins = copies(weight, *state)
+    rate = torch.zeros((), dtype=dtype, device=device)
+    step = torch.tensor(3.0, device=device)
+    for value in (0.1, 0.0, 0.03):
+        rate.fill_(value)
+        for own, kept, lr in ((weight, state, rate), (twin, twins, float(rate))):
+            if name == "sgd":
+                masked_sgd_([own], [grad], kept[:1], [words], lr=lr, momentum=0.9)
+            else:
+                masked_adamw_([own], [grad], kept[:1], kept[1:2], [], [words], [step], lr=lr)
+        assert torch.equal(weight, twin)
+    assert float((weight - sgd_case((5, 70), torch.float32, 0.5, device=device)[0]).abs().sum()) > 0
+
+
 def test_several_threads_equal_one():
     threads = torch.get_num_threads()
     results = []
@@ -365,6 +384,7 @@ def test_opcheck(layout):
             False,
             number,
             None,
+            number,
         ),
     )
     torch.library.opcheck(
@@ -383,6 +403,7 @@ def test_opcheck(layout):
             1e-8,
             0.1,
             False,
+            number,
             number,
             number,
         ),
@@ -433,6 +454,8 @@ REFUSALS = [
     ({"momentum": 0.0}, r"momentum_buffers must be empty without momentum \(got 1\)"),
     ({"found_inf": torch.zeros(2)}, r"found_inf must hold one number \(got 2\)"),
     ({"grad_scale": torch.ones((), dtype=torch.int32)}, r"grad_scale must be float32 or float64"),
+    ({"lr": torch.ones(2)}, r"lr_scale must hold one number \(got 2\)"),
+    ({"lr": torch.ones((), dtype=torch.int64)}, r"lr_scale must be float32 or float64"),
 ]
 
 
@@ -441,12 +464,13 @@ def test_sgd_refuses(change, message):
     words = torch.tensor([-1, 255], dtype=torch.int32)
     case = {
         "params": [torch.ones(40)], "grads": [torch.ones(40)], "buffers": [torch.ones(40)],
-        "masks": [words], "momentum": 0.9, "found_inf": None, "grad_scale": None, **change,
+        "masks": [words], "momentum": 0.9, "found_inf": None, "grad_scale": None, "lr": 0.1,
+        **change,
     }  # fmt: skip
     before = [p.clone() for p in case["params"]]
     with pytest.raises(RuntimeError, match="^masked_sgd_: " + message):
         masked_sgd_(
-            case["params"], case["grads"], case["buffers"], case["masks"], lr=0.1,
+            case["params"], case["grads"], case["buffers"], case["masks"], lr=case["lr"],
             momentum=case["momentum"], found_inf=case["found_inf"], grad_scale=case["grad_scale"],
         )  # fmt: skip
     assert all(map(torch.equal, before, case["params"]))
