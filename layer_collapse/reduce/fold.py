@@ -306,9 +306,10 @@ def _guard_sizes(work: Work, step: int) -> None:
 
 
 def _step(graph: fx.GraphModule) -> int:
-    """By what inputs may grow for all strides to end as they do: their product; 0 if not known.
+    """By what inputs may grow for all strides to end as they do; 0 if that is not known.
 
-    Over all dims, so that it is a multiple of what each dim needs.
+    The product over all layers of the least multiple of a layer's strides: whatever dims are
+    permuted between them, it is a multiple of what each dim needs.
     """
     step = 1
     for node in graph.graph.nodes:
@@ -316,7 +317,7 @@ def _step(graph: fx.GraphModule) -> int:
         if module is None and any(part in node.name for part in ("conv", "pool", "unfold")):
             return 0
         stride = getattr(module, "stride", 1)
-        step *= math.prod(stride) if isinstance(stride, tuple) else int(stride or 1)
+        step *= math.lcm(*stride) if isinstance(stride, tuple) else int(stride or 1)
     return step
 
 
