@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from .base import Loop, NotApplicable, Outcome, Removal, Removed, Watch
+from .continuous import Continuous
+from .drop import Drop
+from .steering import Settings, Steering
 
-REMOVALS: Mapping[str, Callable[[], Removal]] = {}
+REMOVALS: Mapping[str, Callable[[], Removal]] = {
+    "drop": Drop,
+    "continuous": Continuous,
+    "continuous-loss": partial(Continuous, score="loss"),
+    "continuous-entropy": partial(Continuous, score="entropy"),
+    "continuous-random": partial(Continuous, score="random"),
+}
 
-__all__ = ["REMOVALS", "Loop", "NotApplicable", "Outcome", "Removal", "Removed", "Watch"]
+__all__ = [
+    "REMOVALS",
+    "Loop",
+    "NotApplicable",
+    "Outcome",
+    "Removal",
+    "Removed",
+    "Settings",
+    "Steering",
+    "Watch",
+]
