@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
+from ..prune.strategies import EntropyGuided, GlobalMagnitude, UniformMagnitude
 from .base import Loop, NotApplicable, Outcome, Removal, Removed, Watch
 from .continuous import Continuous
 from .drop import Drop
+from .pruned import Pruned
 from .steering import Settings, Steering
 
 REMOVALS: Mapping[str, Callable[[], Removal]] = {
+    "entropy": Pruned,
+    "entropy-active": partial(Pruned, EntropyGuided("active"), name="entropy-active"),
+    "magnitude": partial(Pruned, GlobalMagnitude()),
+    "uniform": partial(Pruned, UniformMagnitude()),
     "drop": Drop,
     "continuous": Continuous,
     "continuous-loss": partial(Continuous, score="loss"),
