@@ -8,7 +8,10 @@ from functools import partial
 from .base import Loop, NotApplicable, Outcome, Removal, Removed, Watch
 from .continuous import Continuous
 from .drop import Drop
-from .steering import Settings, Steering
+from .easier import Easier
+from .settings import Settings
+from .steering import Steering
+from .tlc import Tlc
 
 REMOVALS: Mapping[str, Callable[[], Removal]] = {
     "drop": Drop,
@@ -16,6 +19,8 @@ REMOVALS: Mapping[str, Callable[[], Removal]] = {
     "continuous-loss": partial(Continuous, score="loss"),
     "continuous-entropy": partial(Continuous, score="entropy"),
     "continuous-random": partial(Continuous, score="random"),
+    "easier": Easier,
+    "tlc": Tlc,
 }
 
 __all__ = [

@@ -98,7 +98,9 @@ class AsConstant:
         if self.masks is None:
             return
         total = {name: self.masks.bool_mask(name).numel() for name in self.masks.names}
-        missing = {n: round(share * size) - (size - self.masks.alive(n)) for n, size in total.items()}
+        missing = {
+            n: round(share * size) - (size - self.masks.alive(n)) for n, size in total.items()
+        }
         if any(count > 0 for count in missing.values()):
             self.masks.prune_({name: max(0, count) for name, count in missing.items()})
         else:
@@ -150,7 +152,7 @@ class AsGate:
     """
 
     def __init__(self, name: str, path: str, gate: AffineGate) -> None:
-        self.rectifiers = (name,)
+        self.rectifiers: tuple[str, ...] = (name,)
         self.path = path
         self.gate = gate
         self.kind = LINEARISED
