@@ -11,7 +11,7 @@ from torch import nn
 
 from ..graph import ExampleInputs, trace
 from ..measure.scan import Batch
-from ..measure.sites import Site, find_sites
+from ..measure.sites import find_sites
 from ..reduce.approximate import fit_gates
 from .units import find_units, swappable
 from .ways import AsConstant, AsGate, Way, output_means
@@ -28,8 +28,8 @@ def ways_out(
     at_most: int,
     cut: Collection[str] = (),
     gone: Collection[str] = (),
-) -> tuple[list[Way], list[Site]]:
-    """What can leave, by the first of ``forms`` that has anything; and the sites as they are now.
+) -> list[Way]:
+    """What can leave, by the first of ``forms`` that has anything.
 
     Args:
         model: not tracked; it stays as it is.
@@ -56,8 +56,8 @@ def ways_out(
                 if around[name] or not fits[name].gate.is_constant()
             ]
         if ways:
-            return ways, sites
-    return [], sites
+            return ways
+    return []
 
 
 def lowest(

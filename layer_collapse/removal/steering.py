@@ -13,7 +13,7 @@ from torch import nn
 
 from ..graph import ExampleInputs, rectifier_nodes, trace
 from ..measure.scan import Batch, scan
-from ..measure.sites import Site, find_sites
+from ..measure.sites import find_sites
 from ..measure.tracker import EntropyTracker, track
 from ..prune.rounds import reset_dead_batch_norms
 from .base import LINEARISED, ONE_SIDED, Outcome, Removed
@@ -91,9 +91,8 @@ class Steering:
         self._random = random.Random(seed)
         self._cut: list[str] = []  # exits of branches that left
         self._entropies: dict[str, float] = {}  # the last known, in bits
-        self._sites: list[Site] = []
         self._leaving: Way | None = None
-        self._began = self._takes = 0.0
+        self._began = self._until = 0.0
         self._done = remove == 0
         self._share = 0.0
         self._tracker: EntropyTracker | None = track(model, example_inputs)
@@ -113,8 +112,8 @@ class Steering:
                     return
                 self._choose(part)
             else:
-                passed = self._share - self._began
-                share = 1.0 if passed >= self._takes else passed / self._takes
+                passed, whole = self._share - self._began, self._until - self._began
+                share = 1.0 if passed >= whole else passed / whole
                 if settings.moves:
                     self._leaving.move(math.ceil(share * settings.moves) / settings.moves)
                 if share < 1:
@@ -163,7 +162,7 @@ class Steering:
         self._measure()
         self._stop_counting()
         settings = self.settings
-        ways, self._sites = ways_out(
+        ways = ways_out(
             self.model,
             self._few,
             self._example,
@@ -177,7 +176,8 @@ class Steering:
                 settings.score, ways, self.model, self._loss, self._entropies, self._random
             )
             self._leaving, self._began = way, self._share
-            self._takes = part * len(way.rectifiers) if settings.moves else 0.0
+            left = len(self.removed) + len(way.rectifiers)
+            self._until = settings.start + left * part if settings.moves else self._share
             self._log(f"{', '.join(way.rectifiers)}: {why}")
         else:
             self._done = True
@@ -185,7 +185,7 @@ class Steering:
                 f"{len(self.removed)} of {self._remove} left: no further branch has a way around "
                 "it, or no rectifier can be replaced in place. "
             )
-        if self._sites:
+        if rectifier_nodes(trace(self.model, self._example)):
             self._tracker = track(self.model, self._example)
         if self._leaving is not None and settings.moves:
             self._leaving.begin(self.model)
@@ -193,7 +193,7 @@ class Steering:
     def _end(self) -> None:
         way = self._leaving
         assert way is not None
-        way.end(self.model, self._sites, self._few)
+        way.end(self.model, self._few)
         if isinstance(way, AsConstant):
             self._cut.append(way.unit.exit)
         kind = way.kind

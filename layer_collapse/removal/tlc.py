@@ -71,8 +71,8 @@ class Tlc:
 
 
 def _norm(model: nn.Module, site: Site) -> nn.Module | None:
-    """The batch norm that a rectifier reads, or None."""
-    if not site.norm:
+    """The batch norm of the layer that alone feeds a rectifier, or None."""
+    if not site.candidate or not site.norm:
         return None
     norm = model.get_submodule(site.norm[-1])
     return norm if isinstance(norm, BATCH_NORM) and norm.affine else None

@@ -27,7 +27,7 @@ def _trained() -> tuple[nn.Module, torch.Tensor]:
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> None:
     optimizer.zero_grad(set_to_none=False)
-    model(x).square().sum().backward()
+    model(x).square().mean().backward()
     optimizer.step()
 
 
@@ -55,7 +55,7 @@ def test_a_branch_cut_at_once_gives_its_mean_in_both_modes() -> None:
         expected = model(x)
         assert torch.allclose(_branch(model, x), mean.view(1, -1, 1, 1), atol=1e-5)
     assert lc.fingerprint(model) == before
-    way.end(model, find_sites(trace(model, x)), [x])
+    way.end(model, [x])
     assert way.kind == "constant"
     torch.testing.assert_close(model(x), expected)
     assert torch.equal(_branch(model.train(), x), _branch(model.eval(), x))
@@ -65,7 +65,7 @@ def test_neither_momentum_nor_decay_revives_a_cut_branch_and_its_bias_trains_on(
     model, x = _trained()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=1e-2)
     _step(model, optimizer, x)
-    _as_constant(model, x).end(model, find_sites(trace(model, x)), [x])
+    _as_constant(model, x).end(model, [x])
     bias = model.get_parameter("bn3.bias").clone()
     for _ in range(3):
         _step(model, optimizer, x)
@@ -78,7 +78,6 @@ def test_neither_momentum_nor_decay_revives_a_cut_branch_and_its_bias_trains_on(
 
 def test_on_the_way_the_smallest_weights_go_first_and_stay_gone() -> None:
     model, x = _trained()
-    sites = find_sites(trace(model, x))
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
     way = _as_constant(model, x)
     weight = model.get_parameter("expand.weight")
@@ -93,7 +92,7 @@ def test_on_the_way_the_smallest_weights_go_first_and_stay_gone() -> None:
     way.move(1.0)
     model.train()
     emptied = _branch(model, x)  # what the training sees of an empty branch
-    way.end(model, sites, [x])
+    way.end(model, [x])
     assert way.kind == "empty"
     torch.testing.assert_close(_branch(model.eval(), x), emptied)
 
@@ -124,7 +123,7 @@ def test_a_gate_stands_in_and_gives_the_place_back() -> None:
     assert torch.equal(model(x), before)
     way.begin(model)
     assert torch.equal(model(x), before)
-    way.end(model, [], [x])
+    way.end(model, [x])
     assert [s.name for s in find_sites(trace(model, x))] == ["act2"]
 
 
