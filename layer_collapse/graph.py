@@ -108,12 +108,14 @@ def live_nodes(module: fx.GraphModule, without: Collection[fx.Node] = ()) -> set
 
 
 def reaches_output(module: fx.GraphModule, without: Collection[fx.Node] = ()) -> bool:
-    """Whether data flows from an input to the output when some nodes are taken out together.
+    """Whether the output still depends on each input that it depends on, without some nodes.
 
-    With a rectifier taken out, a True answer means that there is a way around it: the network still
-    depends on its input when that layer has become a constant.
+    The nodes are taken out together. With a rectifier taken out, a True answer means that there is
+    a way around it: the network works on when that layer has become a constant. A mask of padding
+    is an input too, and one that leads around most layers, so that it is not enough alone.
     """
-    return bool(live_nodes(module, without))
+    inputs = {node for node in live_nodes(module) if node.op == "placeholder"}
+    return bool(inputs) and inputs <= live_nodes(module, without)
 
 
 def depth(module: fx.GraphModule) -> int:

@@ -149,6 +149,20 @@ def test_a_way_around() -> None:
     assert not reaches_output(shaped, without=rectifier_nodes(shaped)[:1])  # a shape is no data
 
 
+def test_a_mask_of_padding_is_no_way_around_the_sentence() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.fc, self.act = nn.Embedding(4, 3), nn.Linear(3, 3), nn.ReLU()
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return (self.act(self.fc(self.words(ids))) * mask.unsqueeze(-1)).sum(1)
+
+    graph = trace(Masked())
+    assert reaches_output(graph)
+    assert not reaches_output(graph, without=rectifier_nodes(graph))
+
+
 def test_depth_is_the_longest_path_of_weighted_layers() -> None:
     assert depth(trace(Net())) == 2
     assert depth(trace(nn.Sequential(nn.ReLU()))) == 0

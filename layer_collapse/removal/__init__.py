@@ -9,8 +9,11 @@ from ..prune.strategies import EntropyGuided, GlobalMagnitude, UniformMagnitude
 from .base import Loop, NotApplicable, Outcome, Removal, Removed, Watch
 from .continuous import Continuous
 from .drop import Drop
+from .easier import Easier
 from .pruned import Pruned
-from .steering import Settings, Steering
+from .settings import Settings
+from .steering import Steering
+from .tlc import Tlc
 
 REMOVALS: Mapping[str, Callable[[], Removal]] = {
     "entropy": Pruned,
@@ -22,6 +25,8 @@ REMOVALS: Mapping[str, Callable[[], Removal]] = {
     "continuous-loss": partial(Continuous, score="loss"),
     "continuous-entropy": partial(Continuous, score="entropy"),
     "continuous-random": partial(Continuous, score="random"),
+    "easier": Easier,
+    "tlc": Tlc,
 }
 
 __all__ = [

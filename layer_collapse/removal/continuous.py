@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import nn
 
-from ..graph import BATCH_NORM
 from .base import Loop, Outcome
 from .common import check_arguments
-from .steering import Settings, Steering
+from .settings import FAMILIES, Settings, family_of
+from .steering import Steering
 
-__all__ = ["SETTINGS", "Continuous", "family_of"]
-
-#: The one configuration of each family.
-SETTINGS: Mapping[str, Settings] = {
-    "cnn": Settings(),
-    "vit": Settings(),
-    "nlp": Settings(),
-}
-
-
-def family_of(model: nn.Module) -> str:
-    """ "cnn" for a network with batch norms, "nlp" for one with embeddings, else "vit"."""
-    modules = list(model.modules())
-    if any(isinstance(m, BATCH_NORM) for m in modules):
-        return "cnn"
-    return "nlp" if any(isinstance(m, nn.Embedding) for m in modules) else "vit"
+__all__ = ["Continuous"]
 
 
 class Continuous:
@@ -54,7 +38,7 @@ class Continuous:
             ValueError: bad arguments.
         """
         check_arguments(self.name, epochs, remove)
-        settings = self.settings or SETTINGS[family_of(model)]
+        settings = self.settings or FAMILIES[family_of(model)]
         if self.score:
             settings = replace(settings, score=self.score)
         steering = Steering(

@@ -6,12 +6,10 @@ from torch import nn
 
 from .base import Loop, NotApplicable, Outcome
 from .common import check_arguments
-from .steering import Settings, Steering
+from .settings import DROP, Settings
+from .steering import Steering
 
-__all__ = ["DROP", "Drop"]
-
-#: Chosen greedily by the loss alone, cut at once; no pruning and no entropy.
-DROP = Settings(score="loss", forms=("constant",), start=0.3, end=0.3, moves=0)
+__all__ = ["Drop"]
 
 
 class Drop:

@@ -5,64 +5,27 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..graph import ExampleInputs, rectifier_nodes, trace
-from ..measure.report import EntropyReport
 from ..measure.scan import Batch, scan
-from ..measure.sites import Site, find_sites
+from ..measure.sites import find_sites
 from ..measure.tracker import EntropyTracker, track
 from ..prune.rounds import reset_dead_batch_norms
-from ..reduce.approximate import fit_gates
 from .base import LINEARISED, ONE_SIDED, Outcome, Removed
+from .choosing import lowest, ways_out
 from .common import few, measurement
-from .units import find_units, swappable
-from .ways import AsConstant, AsGate, Way, output_means
+from .settings import FAMILIES, Settings, family_of
+from .ways import AsConstant, Way
 
-__all__ = ["SCORES", "Settings", "Steering"]
+__all__ = ["Steering"]
 
-SCORES = ("loss x entropy", "loss", "entropy", "random")
-FORMS = ("constant", "linear")
 _SAMPLES = 256  # for means and gates
 _MEASUREMENTS = 20  # of the entropies over a run, besides those before each choice
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How rectifiers leave during a run; everything that :class:`Steering` decides by.
-
-    Attributes:
-        score: the lowest leaves next. "loss": by how much the loss grows when it has left, 0 where
-            it falls. "entropy": mean entropy of its neurons in bits over the last steps. "loss x
-            entropy": their product. "random": any.
-        forms: "constant": a branch becomes the mean of its output (see
-            :mod:`layer_collapse.removal.units`); "linear": a rectifier becomes the affine gate that
-            fits it best. In order of preference: the second where the first has nothing left.
-        start, end: shares of the run between which rectifiers leave, each in its equal part.
-        moves: in how many steps of equal size one leaves; 0: at once, at the start of its part.
-    """
-
-    score: str = "loss x entropy"
-    forms: tuple[str, ...] = ("constant", "linear")
-    start: float = 0.15
-    end: float = 0.6
-    moves: int = 10
-
-    def __post_init__(self) -> None:
-        if self.score not in SCORES:
-            raise ValueError(f"score must be one of {', '.join(SCORES)} (got {self.score!r})")
-        if not self.forms or set(self.forms) - set(FORMS):
-            raise ValueError(f"forms must be some of {', '.join(FORMS)} (got {self.forms})")
-        if not 0 <= self.start <= self.end <= 1 or self.moves < 0:
-            raise ValueError(
-                "expected 0 <= start <= end <= 1 and moves >= 0 (got "
-                f"{self.start}, {self.end}, {self.moves})"
-            )
 
 
 def _silent(line: str) -> None:
@@ -92,7 +55,7 @@ class Steering:
         example_inputs: as for :func:`layer_collapse.track`.
         loss: loss of a model in evaluation mode on a few hundred fixed training samples.
         remove: how many rectifiers leave; fewer, with a note, where no more can.
-        settings: see :class:`Settings`.
+        settings: see :class:`Settings`; by default those of the model's family.
         epochs: what the whole run amounts to, to date what happened.
         seed: of the random order.
         log: receives a line per removal.
@@ -118,7 +81,7 @@ class Steering:
         if remove < 0:
             raise ValueError(f"Steering: expected 0 or more rectifiers to remove (got {remove})")
         self.model = model
-        self.settings = settings or Settings()
+        self.settings = settings or FAMILIES[family_of(model)]
         self.removed: list[Removed] = []
         self.history: list[dict[str, Any]] = []
         self.note = ""
@@ -128,9 +91,8 @@ class Steering:
         self._random = random.Random(seed)
         self._cut: list[str] = []  # exits of branches that left
         self._entropies: dict[str, float] = {}  # the last known, in bits
-        self._sites: list[Site] = []
         self._leaving: Way | None = None
-        self._began = self._takes = 0.0
+        self._began = self._until = 0.0
         self._done = remove == 0
         self._share = 0.0
         self._tracker: EntropyTracker | None = track(model, example_inputs)
@@ -150,10 +112,10 @@ class Steering:
                     return
                 self._choose(part)
             else:
-                passed = self._share - self._began
-                share = 1.0 if passed >= self._takes else passed / self._takes
-                moved = math.ceil(share * settings.moves) / max(1, settings.moves)
-                self._leaving.move(moved)
+                passed, whole = self._share - self._began, self._until - self._began
+                share = 1.0 if passed >= whole else passed / whole
+                if settings.moves:
+                    self._leaving.move(math.ceil(share * settings.moves) / settings.moves)
                 if share < 1:
                     return
                 self._end()
@@ -181,48 +143,57 @@ class Steering:
             self._tracker.remove()
         self._tracker = None
 
-    def _measure(self) -> EntropyReport | None:
+    def _measure(self) -> None:
         """Read the counts since the last time, if there are any."""
         if self._tracker is None:
-            return None
-        report = self._tracker.entropy()
-        if not any(row.positions for row in report):
-            return None
+            return
         gone = {one.name for one in self.removed}
+        report = self._tracker.entropy()
         rows = tuple(row for row in report if row.name not in gone)
-        report = EntropyReport(rows)
+        if not any(row.positions for row in rows):
+            return
         self._entropies |= {r.name: r.entropy for r in rows if math.isfinite(r.entropy)}
         epoch = self._share * self._epochs
-        self.history.append(measurement(epoch, report, self.model))
+        self.history.append(measurement(epoch, replace(report, rows=rows), self.model))
         self._tracker.reset()
-        return report
 
     def _choose(self, part: float) -> None:
         """Start removing what has the lowest score, or note that nothing can leave."""
         self._measure()
         self._stop_counting()
-        ways = self._ways()
-        if not ways:
+        settings = self.settings
+        ways = ways_out(
+            self.model,
+            self._few,
+            self._example,
+            forms=settings.forms,
+            at_most=self._remove - len(self.removed),
+            cut=self._cut,
+            gone=[one.name for one in self.removed],
+        )
+        if ways:
+            way, why = lowest(
+                settings.score, ways, self.model, self._loss, self._entropies, self._random
+            )
+            self._leaving, self._began = way, self._share
+            left = len(self.removed) + len(way.rectifiers)
+            self._until = settings.start + left * part if settings.moves else self._share
+            self._log(f"{', '.join(way.rectifiers)}: {why}")
+        else:
             self._done = True
             self.note += (
-                f"only {len(self.removed)} of {self._remove} left: no other branch has a way around "
-                "it and no rectifier can be replaced in place. "
+                f"{len(self.removed)} of {self._remove} left: no further branch has a way around "
+                "it, or no rectifier can be replaced in place. "
             )
-        else:
-            way, why = self._lowest(ways)
-            self._leaving, self._began = way, self._share
-            self._takes = part * len(way.rectifiers) if self.settings.moves else 0.0
-            self._log(f"{', '.join(way.rectifiers)} leaves ({why})")
-        graph = trace(self.model, self._example)
-        if rectifier_nodes(graph):
+        if rectifier_nodes(trace(self.model, self._example)):
             self._tracker = track(self.model, self._example)
-        if self._leaving is not None and self.settings.moves:
+        if self._leaving is not None and settings.moves:
             self._leaving.begin(self.model)
 
     def _end(self) -> None:
         way = self._leaving
         assert way is not None
-        way.end(self.model, self._sites, self._few)
+        way.end(self.model, self._few)
         if isinstance(way, AsConstant):
             self._cut.append(way.unit.exit)
         kind = way.kind
@@ -232,56 +203,3 @@ class Steering:
         self.removed += [Removed(name, kind, epoch) for name in way.rectifiers]
         self._leaving = None
         self._done = self._done or len(self.removed) >= self._remove
-
-    def _ways(self) -> list[Way]:
-        """What can leave now, by the first form that has anything."""
-        graph = trace(self.model, self._example)
-        self._sites = find_sites(graph)
-        left = self._remove - len(self.removed)
-        gone = {one.name for one in self.removed}
-        for form in self.settings.forms:
-            ways: list[Way] = []
-            if form == "constant":
-                units = find_units(graph, self._sites, self._cut)
-                units = [unit for unit in units if len(unit.rectifiers) <= left]
-                means = output_means(self.model, [u.exit for u in units], self._few)
-                ways += [AsConstant(unit, means[unit.exit]) for unit in units]
-            else:
-                paths = {n: p for n, p in swappable(self._sites).items() if n not in gone}
-                if paths:
-                    fits = fit_gates(self.model, self._few, self._example, names=list(paths))
-                    around = {site.name: site.way_around for site in self._sites}
-                    ways += [
-                        AsGate(name, path, fits[name].gate)
-                        for name, path in paths.items()
-                        if around[name] or not fits[name].gate.is_constant()
-                    ]
-            if ways:
-                return ways
-        return []
-
-    def _lowest(self, ways: list[Way]) -> tuple[Way, str]:
-        score = self.settings.score
-        if score == "random":
-            return self._random.choice(ways), "at random"
-        entropies = [self._entropy(way) for way in ways]
-        if score == "entropy":
-            best = min(range(len(ways)), key=lambda i: entropies[i])
-            return ways[best], f"H = {entropies[best]:.3f} bits"
-        base = self._loss(self.model)
-        costs = [self._loss_without(way.momentarily(self.model)) - base for way in ways]
-        factors = [1.0] * len(ways) if score == "loss" else entropies
-
-        def key(i: int) -> tuple[float, float]:
-            return max(costs[i], 0.0) * factors[i], costs[i]
-
-        best = min(range(len(ways)), key=key)
-        return ways[best], f"loss {costs[best]:+.4f}, H = {entropies[best]:.3f} bits"
-
-    def _entropy(self, way: Way) -> float:
-        known = [self._entropies[n] for n in way.rectifiers if n in self._entropies]
-        return sum(known) / len(known) if known else 1.0
-
-    def _loss_without(self, left: AbstractContextManager[None]) -> float:
-        with left:
-            return self._loss(self.model)

@@ -42,7 +42,7 @@ def find_units(
 ) -> list[Unit]:
     """Every branch that may be cut although the exits ``cut`` are constant already.
 
-    The output still depends on an input with all those exits *and* the new one taken out.
+    The output still depends on every input with all those exits *and* the new one taken out.
 
     Args:
         graph: of :func:`layer_collapse.graph.trace`.
@@ -55,13 +55,14 @@ def find_units(
     nodes = {node.name: node for node in graph.graph.nodes}
     gone = {node for node in nodes.values() if node.op == "call_module" and node.target in cut}
     before = live_nodes(graph, gone)
+    inputs = {node for node in before if node.op == "placeholder"}
     exits: dict[tuple[str, ...], str] = {}
     for node in _possible_exits(graph):
         if node not in before:
             continue
         after = live_nodes(graph, gone | {node})
         leaving = tuple(s.name for s in sites if nodes[s.node] in before - after)
-        if after and leaving:
+        if leaving and inputs and inputs <= after:
             exits[leaving] = str(node.target)
     order = {site.name: number for number, site in enumerate(sites)}
     return [

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from ..graph import training_mode
 from ..measure.scan import Batch, call_model
-from ..measure.sites import Site
 from ..measure.valid import positions_mask
 from ..prune.masks import Masks
-from ..prune.rounds import reset_dead_batch_norms
 from ..reduce.gate import AffineGate
 from ..reduce.layers import channel_dim
+from ..reduce.refresh import refresh_batch_norm
 from .base import CONSTANT, EMPTY, LINEARISED
 from .units import Unit
 
@@ -49,7 +48,7 @@ class Way(Protocol):
         """Be ``share`` (0 to 1) of the way out; called after every optimizer step."""
         ...
 
-    def end(self, model: nn.Module, sites: Sequence[Site], data: Sequence[Batch]) -> None:
+    def end(self, model: nn.Module, data: Sequence[Batch]) -> None:
         """Leave for good."""
         ...
 
@@ -107,12 +106,12 @@ class AsConstant:
             self.masks.apply_()
 
     @torch.no_grad()
-    def end(self, model: nn.Module, sites: Sequence[Site], data: Sequence[Batch]) -> None:
+    def end(self, model: nn.Module, data: Sequence[Batch]) -> None:
         """Cut: what was the branch's mean, in training as in evaluation, is its output."""
         for path in self.unit.feeding:
             _freeze_at_zero(model.get_parameter(f"{path}.weight"))
         if self.masks is not None:  # what the branch gives now, not what it gave when it was whole
-            reset_dead_batch_norms(model, [s for s in sites if s.name in self.rectifiers])
+            refresh_batch_norm(model, data)  # of the whole branch, as training sees it
             self.mean = output_means(model, [self.unit.exit], data)[self.unit.exit]
         _freeze_at_zero(model.get_parameter(f"{self.unit.exit}.weight"))
         bias = model.get_parameter(f"{self.unit.exit}.bias")
@@ -152,7 +151,7 @@ class AsGate:
     """
 
     def __init__(self, name: str, path: str, gate: AffineGate) -> None:
-        self.rectifiers = (name,)
+        self.rectifiers: tuple[str, ...] = (name,)
         self.path = path
         self.gate = gate
         self.kind = LINEARISED
@@ -176,7 +175,7 @@ class AsGate:
         """So much of the output is the gate's."""
         self.fading.share = share
 
-    def end(self, model: nn.Module, sites: Sequence[Site], data: Sequence[Batch]) -> None:
+    def end(self, model: nn.Module, data: Sequence[Batch]) -> None:
         """The gate alone is left."""
         model.set_submodule(self.path, self.gate)
 

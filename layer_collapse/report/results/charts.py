@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..canvas import INK, new_axes, say_nothing, style_axes
 from .layers import correlation, entropy, gates, sparsity
@@ -67,7 +68,7 @@ def _frontier(axes: Axes, network: dict[str, Any]) -> None:
                 axes.annotate(
                     "cut", (x, 0.05), xycoords=transform, ha="center", fontsize=8, color=colour
                 )
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("rectifiers gone from the folded network")
     axes.set_ylabel("test accuracy (%)")
 
