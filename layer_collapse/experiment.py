@@ -20,7 +20,7 @@ from .measure.report import EMPTY
 from .prune.masks import Masks
 from .prune.rounds import Guards
 from .reduce.fold import fold
-from .reduce.gate import AffineGate, ConstantBias
+from .reduce.gate import reinitialise_
 from .reduce.latency import compare
 from .reduce.saving import load_folded, save_folded
 from .training import Progress, Recipe, accuracy, predictions, silent, train_phase
@@ -71,15 +71,7 @@ def _train_control(
 def _shallow_control(linearized: fx.GraphModule, example: Tensor, seed: int) -> fx.GraphModule:
     """The folded architecture with fresh weights; it keeps its batch norms to train well."""
     model = copy.deepcopy(fold(linearized, example, without=("batch norm",)).model)
-    torch.manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, ConstantBias):
-            module.value.zero_()
-        elif isinstance(module, AffineGate):
-            module.scale.fill_(1.0)
-            module.offset.zero_()
-        elif callable(reset := getattr(module, "reset_parameters", None)):
-            reset()
+    reinitialise_(model, seed)
     return model
 
 

@@ -8,6 +8,7 @@ folding; counting runs in the model itself (:mod:`layer_collapse.measure`).
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 
 from torch import fx, nn
 
@@ -30,6 +31,7 @@ __all__ = [
     "call_counts",
     "carries_data",
     "depth",
+    "live_nodes",
     "ordered_inputs",
     "owner_path",
     "reaches_output",
@@ -90,19 +92,30 @@ def carries_data(node: fx.Node) -> bool:
     return True
 
 
-def reaches_output(module: fx.GraphModule, without: fx.Node | None = None) -> bool:
-    """Whether data flows from an input to the output when one node is taken out.
-
-    With ``without`` a rectifier, a True answer means that there is a way around it: the network
-    still depends on its input when that layer has become a constant.
-    """
+def live_nodes(module: fx.GraphModule, without: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """Nodes on the ways of data from the inputs to the output that pass none of ``without``."""
     reached: set[fx.Node] = set()
     for node in module.graph.nodes:
-        if node is without or not carries_data(node):
+        if node in without or not carries_data(node):
             continue
         if node.op == "placeholder" or any(source in reached for source in node.all_input_nodes):
             reached.add(node)
-    return any(node.op == "output" and node in reached for node in module.graph.nodes)
+    live: set[fx.Node] = set()
+    for node in reversed(module.graph.nodes):
+        if node in reached and (node.op == "output" or any(user in live for user in node.users)):
+            live.add(node)
+    return live
+
+
+def reaches_output(module: fx.GraphModule, without: Collection[fx.Node] = ()) -> bool:
+    """Whether the output still depends on each input that it depends on, without some nodes.
+
+    The nodes are taken out together. With a rectifier taken out, a True answer means that there is
+    a way around it: the network works on when that layer has become a constant. A mask of padding
+    is an input too, and one that leads around most layers, so that it is not enough alone.
+    """
+    inputs = {node for node in live_nodes(module) if node.op == "placeholder"}
+    return bool(inputs) and inputs <= live_nodes(module, without)
 
 
 def depth(module: fx.GraphModule) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .collapse import Phase
 from .data import Split, batches
@@ -52,6 +53,63 @@ class Recipe:
         return self.dense_epochs if phase.kind == "dense" else self.epochs
 
 
+#: Called after every optimizer step with the model, the optimizer, the step from 1, and how many.
+AfterStep = Callable[[nn.Module, torch.optim.Optimizer, int, int], None]
+
+
+def fit(
+    model: nn.Module,
+    masks: Masks,
+    recipe: Recipe,
+    samples: Iterable[tuple[Any, Tensor]],
+    steps: int,
+    after: AfterStep | None = None,
+) -> None:
+    """Train in place on ``steps`` batches under one schedule; pruned weights stay zero.
+
+    Args:
+        samples: (inputs, classes) of each step; a mapping of inputs gives keyword arguments.
+
+    Raises:
+        RuntimeError: the loss is not finite.
+    """
+    optimizer: torch.optim.Optimizer
+    if recipe.optimizer == "sgd":
+        optimizer = MaskedSGD(
+            model.parameters(), recipe.lr, 0.9, weight_decay=recipe.weight_decay, masks=masks
+        )
+    else:
+        optimizer = MaskedAdamW(
+            model.parameters(), recipe.lr, weight_decay=recipe.weight_decay, masks=masks
+        )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+    with training_mode(model, True):
+        for step, (x, y) in enumerate(samples, start=1):
+            loss = F.cross_entropy(_logits(model, x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if not math.isfinite(loss.item()):
+                raise RuntimeError(
+                    f"the training loss is {loss.item()} at step {step} of {steps}; lower the "
+                    f"learning rate ({recipe.lr})"
+                )
+            if after is not None:
+                after(model, optimizer, step, steps)
+
+
+def _logits(model: nn.Module, inputs: Any) -> Tensor:
+    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
+    """The outputs for all batches of inputs, in evaluation mode: [N, classes]."""
+    with training_mode(model, False):
+        return torch.cat([_logits(model, x) for x in inputs])
+
+
 def train_phase(
     model: nn.Module,
     masks: Masks,
@@ -67,38 +125,22 @@ def train_phase(
     """
     epochs = recipe.epochs_of(phase)
     steps = -(-len(split) // recipe.batch)
-    optimizer: torch.optim.Optimizer
-    if recipe.optimizer == "sgd":
-        optimizer = MaskedSGD(
-            model.parameters(), recipe.lr, 0.9, weight_decay=recipe.weight_decay, masks=masks
-        )
-    else:
-        optimizer = MaskedAdamW(
-            model.parameters(), recipe.lr, weight_decay=recipe.weight_decay, masks=masks
-        )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * steps))
     generator = torch.Generator().manual_seed(phase.seed)
-    with training_mode(model, True):
+
+    def samples() -> Iterator[tuple[Tensor, Tensor]]:
         for epoch in range(epochs):
             loader = batches(split, recipe.batch, generator=generator)
-            for x, y in progress(loader, f"{phase}: epoch {epoch + 1}/{epochs}", steps):
-                loss = F.cross_entropy(model(x), y)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-            if not bool(torch.isfinite(loss)):
-                raise RuntimeError(
-                    f"{phase}: the training loss is {loss.item()} after epoch {epoch + 1}; lower "
-                    f"the learning rate ({recipe.lr})"
-                )
+            yield from progress(loader, f"{phase}: epoch {epoch + 1}/{epochs}", steps)
+
+    try:
+        fit(model, masks, recipe, samples(), epochs * steps)
+    except RuntimeError as error:
+        raise RuntimeError(f"{phase}: {error}") from error
 
 
-@torch.no_grad()
-def predictions(model: nn.Module, split: Split, batch: int = 1000) -> torch.Tensor:
+def predictions(model: nn.Module, split: Split, batch: int = 1000) -> Tensor:
     """Predicted class of every sample: [N] int64."""
-    with training_mode(model, False):
-        return torch.cat([model(x).argmax(1) for x, _ in batches(split, batch)])
+    return logits(model, (x for x, _ in batches(split, batch))).argmax(1)
 
 
 def accuracy(model: nn.Module, split: Split) -> float:

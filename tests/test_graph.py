@@ -138,15 +138,29 @@ def test_every_way_to_call_a_rectifier_is_found() -> None:
 
 def test_a_way_around() -> None:
     around, straight = trace(Net()), trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
-    assert reaches_output(around, without=rectifier_nodes(around)[0])
-    assert not reaches_output(straight, without=rectifier_nodes(straight)[0])
+    assert reaches_output(around, without=rectifier_nodes(around)[:1])
+    assert not reaches_output(straight, without=rectifier_nodes(straight)[:1])
     assert reaches_output(straight)
 
     def shape_only(self: Net, x: Tensor) -> Tensor:
         return self.b(self.act(self.a(x))).view(x.size(0), x.shape[1], -1)
 
     shaped = trace(with_forward(shape_only), torch.randn(3, 4))
-    assert not reaches_output(shaped, without=rectifier_nodes(shaped)[0])  # a shape is no data
+    assert not reaches_output(shaped, without=rectifier_nodes(shaped)[:1])  # a shape is no data
+
+
+def test_a_mask_of_padding_is_no_way_around_the_sentence() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.fc, self.act = nn.Embedding(4, 3), nn.Linear(3, 3), nn.ReLU()
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return (self.act(self.fc(self.words(ids))) * mask.unsqueeze(-1)).sum(1)
+
+    graph = trace(Masked())
+    assert reaches_output(graph)
+    assert not reaches_output(graph, without=rectifier_nodes(graph))
 
 
 def test_depth_is_the_longest_path_of_weighted_layers() -> None:

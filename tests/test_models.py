@@ -9,7 +9,7 @@ from torch import fx, nn
 from layer_collapse import models
 
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32)]
-RECTIFIERS = {"resmlp": 6, "mlp": 6, "vit": 6, "resnet": 19}
+RECTIFIERS = {"resmlp": 6, "mlp": 6, "vit": 6, "resnet": 19, "vgg": 7}
 
 
 def leaf_calls(model: nn.Module, kind: type[nn.Module]) -> list[str]:

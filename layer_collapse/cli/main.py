@@ -10,7 +10,7 @@ from typing import NoReturn
 from .. import __version__
 from ..graph import TraceError
 from ..prune.rounds import CutError
-from . import experiments, fetching, folding, models, planning
+from . import experiments, fetching, folding, models, paper, planning
 
 EXIT_OK, EXIT_NOTHING, EXIT_BAD_INPUT, EXIT_CUT, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -22,6 +22,7 @@ examples:
   layer-collapse fold --model mypackage.nets:build --weights net.safetensors \\
       --data calibration.safetensors --out folded.safetensors
   layer-collapse plan --params 7e9 --ranks 256
+  layer-collapse bench-paper --suite all --quick
   layer-collapse doctor
 
 exit codes:
@@ -29,7 +30,7 @@ exit codes:
   1    done, but no layer could leave the network (fold)
   2    bad arguments or input; one sentence on stderr says what
   3    the network is cut: its output does not depend on its input
-  130  interrupted; the same command goes on where it stopped (demo, run)
+  130  interrupted; the same command goes on where it stopped (demo, run, bench-paper)
 """
 
 
@@ -55,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     fetching.add_commands(commands)
     folding.add_command(commands)
     planning.add_command(commands)
+    paper.add_command(commands)
     return main_parser
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..graph import BATCH_NORM, WEIGHTED, rectifier_function, shape_of
+from ..reduce.gate import ConstantBias
 from .rectifiers import KINDS, module_kind
 
 
@@ -157,6 +158,9 @@ class Origins:
             return self._after_rectifier(node)
         if isinstance(called, (*_ELEMENTWISE_MODULES, *_POOLS)) or hasattr(called, "channel_dim"):
             return before
+        if isinstance(called, ConstantBias):  # its constant may differ from place to place
+            why_not = "folding has added a constant to what its layer sends"
+            return before and replace(before, feeding=None, why_not=why_not)
         if isinstance(called, _AVERAGES) and not any(_padding(called)):
             return before
         if isinstance(called, nn.Flatten | nn.Unflatten):

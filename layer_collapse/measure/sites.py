@@ -185,7 +185,7 @@ def find_sites(module: fx.GraphModule, ignore: tuple[str, ...] = ()) -> list[Sit
                 norm=origin.norm,
                 candidate=why_not == "",
                 why_not=why_not,
-                way_around=reaches_output(module, without=node),
+                way_around=reaches_output(module, without=[node]),
             )
         )
     return sites

@@ -17,11 +17,18 @@ from torch import nn
 
 from layer_collapse.models.mlp import MLP, ResMLP
 from layer_collapse.models.resnet import ResNet
+from layer_collapse.models.vgg import VGG
 from layer_collapse.models.vit import ViT
 
-__all__ = ["MLP", "NAMES", "ResMLP", "ResNet", "ViT", "build"]
+__all__ = ["MLP", "NAMES", "VGG", "ResMLP", "ResNet", "ViT", "build"]
 
-_MODELS: dict[str, type[nn.Module]] = {"resmlp": ResMLP, "mlp": MLP, "vit": ViT, "resnet": ResNet}
+_MODELS: dict[str, type[nn.Module]] = {
+    "resmlp": ResMLP,
+    "mlp": MLP,
+    "vit": ViT,
+    "resnet": ResNet,
+    "vgg": VGG,
+}
 NAMES = tuple(_MODELS)
 
 

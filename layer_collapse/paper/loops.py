@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..graph import training_mode
 from ..prune.masks import Masks
-from ..prune.optim import MaskedAdamW, MaskedSGD
 from ..removal import Watch
-from ..training import Recipe
+from ..training import Recipe, fit, logits
 
-__all__ = ["Inputs", "Part", "TrainingLoop"]
+__all__ = ["Inputs", "Part", "TrainingLoop", "predictions"]
 
 Inputs = Tensor | dict[str, Tensor]
 _LOSS_SAMPLES = 256
@@ -50,11 +48,7 @@ class Part:
         return [self.take(slice(i, i + size)) for i in range(0, len(self), size)]
 
 
-def _logits(model: nn.Module, inputs: Inputs) -> Tensor:
-    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
-
-
-def _silent(line: str) -> None:
+def _silent(_: str | float) -> None:
     pass
 
 
@@ -64,7 +58,8 @@ class TrainingLoop:
 
     Cross-entropy under ``recipe``'s optimiser; the learning rate falls from ``recipe.lr`` to 0 by a
     cosine over each call of ``train``. Batches depend on ``seed`` and on how often ``train`` was
-    called, so arms that train alike see the same batches.
+    called, so arms that train alike see the same batches. ``tick`` hears after every step how many
+    epochs were trained, all calls together.
     """
 
     training: Part
@@ -72,6 +67,8 @@ class TrainingLoop:
     recipe: Recipe
     seed: int = 0
     report: Callable[[str], None] = _silent
+    tick: Callable[[float], None] = _silent
+    epochs_done: float = field(default=0.0, init=False)
     _calls: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -90,13 +87,11 @@ class TrainingLoop:
         """The training split in fixed order, with the padding marked."""
         return self.training.batches(_EVALUATION_BATCH)
 
-    @torch.no_grad()
     def loss(self, model: nn.Module) -> float:
         """Mean cross-entropy (nats) on the first 256 training samples, in evaluation mode."""
         some = slice(0, _LOSS_SAMPLES)
-        with training_mode(model, False):
-            logits = _logits(model, self.training.take(some))
-        return float(F.cross_entropy(logits, self.training.y[some]))
+        answers = logits(model, [self.training.take(some)])
+        return float(F.cross_entropy(answers, self.training.y[some]))
 
     def evaluate(self, model: nn.Module) -> float:
         """Accuracy on the validation split, in percent."""
@@ -122,54 +117,39 @@ class TrainingLoop:
         self._calls += 1
         if not total:
             return
-        masks = masks or Masks(dict(model.named_parameters()))
-        optimizer: torch.optim.Optimizer
-        if recipe.optimizer == "sgd":
-            optimizer = MaskedSGD(
-                model.parameters(), recipe.lr, 0.9, weight_decay=recipe.weight_decay, masks=masks
-            )
-        else:
-            optimizer = MaskedAdamW(
-                model.parameters(), recipe.lr, weight_decay=recipe.weight_decay, masks=masks
-            )
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
         torch.manual_seed(1000 * self.seed + self._calls)  # dropout
+        begun = self.epochs_done
+
+        def after(
+            model: nn.Module, optimizer: torch.optim.Optimizer, step: int, steps: int
+        ) -> None:
+            self.epochs_done = begun + step / per_epoch
+            self.tick(self.epochs_done)
+            if watch is not None:
+                watch(model, optimizer, step, steps)
+
+        masks = masks or Masks(dict(model.named_parameters()))
+        fit(model, masks, recipe, self._samples(total), total, after)
+
+    def _samples(self, steps: int) -> Iterator[tuple[Inputs, Tensor]]:
         generator = torch.Generator().manual_seed(1000 * self.seed + self._calls)
         order = torch.empty(0, dtype=torch.int64)
-        with training_mode(model, True):
-            for step in range(1, total + 1):
-                if not len(order):
-                    order = torch.randperm(len(self.training), generator=generator)
-                picked, order = order[: recipe.batch], order[recipe.batch :]
-                loss = F.cross_entropy(
-                    _logits(model, self.training.take(picked)), self.training.y[picked]
-                )
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                if not math.isfinite(loss.item()):
-                    raise RuntimeError(
-                        f"the training loss is {loss.item()} at step {step} of {total}; lower the "
-                        f"learning rate ({recipe.lr})"
-                    )
-                if watch is not None:
-                    watch(model, optimizer, step, total)
+        for _ in range(steps):
+            if not len(order):
+                order = torch.randperm(len(self.training), generator=generator)
+            picked, order = order[: self.recipe.batch], order[self.recipe.batch :]
+            yield self.training.take(picked), self.training.y[picked]
 
     def log(self, line: str) -> None:
         """Pass one line of progress on."""
         self.report(line)
 
 
-@torch.no_grad()
 def accuracy(model: nn.Module, part: Part) -> float:
     """Share of right predictions in evaluation mode, in percent."""
     return 100.0 * float((predictions(model, part) == part.y).double().mean())
 
 
-@torch.no_grad()
 def predictions(model: nn.Module, part: Part) -> Tensor:
     """Predicted class of every sample in evaluation mode: int64 [N]."""
-    with training_mode(model, False):
-        parts = [_logits(model, x).argmax(1) for x in part.batches(_EVALUATION_BATCH)]
-    return torch.cat(parts)
+    return logits(model, part.batches(_EVALUATION_BATCH)).argmax(1)

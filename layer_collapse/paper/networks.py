@@ -33,36 +33,76 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """How much of the data is used.
+
+    Attributes:
+        training, validation, test: samples of each split.
+        side: pixels of an image's side, or longest sentence in tokens.
+    """
+
+    training: int
+    validation: int
+    test: int
+    side: int
+
+
+@dataclass(frozen=True)
 class Network:
     """A network and how it is trained.
 
     Attributes:
         family: "cnn", "vit" or "nlp".
         build: makes it from torch's global generator, or loads pretrained weights.
-        task: loads the data; its argument is the folder of Fashion-MNIST, None for the default.
-        sizes: what every figure must say, in words.
+        data: what it is trained on, in words.
+        load: loads the data; its first argument is the folder of Fashion-MNIST, None for the
+            default.
+        sizes: of the full experiments.
     """
 
     family: str
     build: Callable[[], nn.Module]
-    task: Callable[[Path | None], Task]
+    data: str
+    load: Callable[[Path | None, Sizes], Task]
     recipe: Recipe
-    sizes: str
+    sizes: Sizes
+
+    def task(self, root: Path | None = None, sizes: Sizes | None = None) -> Task:
+        """The three splits.
+
+        Raises:
+            OSError: the data are not there and cannot be downloaded.
+        """
+        return self.load(root, sizes or self.sizes)
+
+    def about(self, sizes: Sizes) -> str:
+        """What every figure must say."""
+        side = (
+            f"at most {sizes.side} tokens"
+            if self.family == "nlp"
+            else f"{sizes.side}x{sizes.side} pixels"
+        )
+        return (
+            f"{self.data}, {side}: {sizes.training:,} samples to train on, {sizes.validation:,} to "
+            f"validate, {sizes.test:,} to test"
+        )
 
 
-def _images(root: Path | None, *, samples: int, side: int = 28) -> Task:
-    found = data.load("fashion-mnist", root, train_samples=samples)
-
+def _images(root: Path | None, sizes: Sizes, *, pretrained: bool = False) -> Task:
+    found = data.load("fashion-mnist", root, train_samples=sizes.training)
     black, white = found.train.x.min(), found.train.x.max()  # pixels 0 and 255, standardised
 
-    def part(split: data.Split) -> Part:
-        if side == 28:
-            return Part(split.x, split.y)
-        return Part(_as_photograph((split.x - black) / (white - black), side), split.y)
+    def part(split: data.Split, samples: int) -> Part:
+        x, y = split.x[:samples], split.y[:samples]
+        if pretrained:
+            x = _as_photograph((x - black) / (white - black), sizes.side)
+        return Part(x, y)
 
-    held = data.Split(found.validation.x[:2000], found.validation.y[:2000])
-    test = found.test if side == 28 else data.Split(found.test.x[:2000], found.test.y[:2000])
-    return Task(part(found.train), part(held), part(test))
+    return Task(
+        part(found.train, sizes.training),
+        part(found.validation, sizes.validation),
+        part(found.test, sizes.test),
+    )
 
 
 def _as_photograph(x: Tensor, side: int) -> Tensor:
@@ -71,16 +111,23 @@ def _as_photograph(x: Tensor, side: int) -> Tensor:
     return ((larger - 0.498) / 0.502).expand(-1, 3, -1, -1).contiguous()
 
 
-def _sentences(root: Path | None, *, load: Callable[[], Sentences], samples: int) -> Task:
-    found = load()
+def _sentences(root: Path | None, sizes: Sizes, *, load: Callable[[int], Sentences]) -> Task:
+    found = load(sizes.side)
     generator = torch.Generator().manual_seed(_SENTENCE_SPLIT_SEED)
     order = torch.randperm(len(found), generator=generator)
-    parts = order[:1000], order[1000:2000], order[2000 : 2000 + samples]
-    test, validation, training = (
-        Part({"input_ids": found.ids[i], "attention_mask": found.mask[i]}, found.y[i])
-        for i in parts
+    # Test and validation come first, so that they are the same whatever the others' sizes.
+    test, validation, training = order[:1000], order[1000:2000], order[2000:]
+
+    def part(index: Tensor, samples: int) -> Part:
+        chosen = index[:samples]
+        x = {"input_ids": found.ids[chosen], "attention_mask": found.mask[chosen]}
+        return Part(x, found.y[chosen])
+
+    return Task(
+        part(training, sizes.training),
+        part(validation, sizes.validation),
+        part(test, sizes.test),
     )
-    return Task(training, validation, test)
 
 
 def _efficientnet() -> nn.Module:
@@ -89,52 +136,63 @@ def _efficientnet() -> nn.Module:
     return model
 
 
-_SGD = Recipe(lr=0.05)
-_ADAM = Recipe("adamw", lr=1e-3, weight_decay=0.01)
-_FINE_TUNING = Recipe("adamw", lr=5e-5, weight_decay=0.01, batch=32)
 _SHAPE = (1, 28, 28)
+_FASHION = "Fashion-MNIST"
 
 
-def _encoder(classes: int, activation: str, load: Callable[[], Sentences], about: str) -> Network:
+def _cnn(name: str) -> Network:
+    return Network(
+        "cnn",
+        partial(models.build, name, _SHAPE, 10),
+        _FASHION,
+        _images,
+        Recipe(lr=0.05, batch=50),
+        Sizes(1500, 1000, 2000, 28),
+    )
+
+
+def _transformer(activation: str, depth: int) -> Network:
+    return Network(
+        "vit",
+        partial(models.build, "vit", _SHAPE, 10, activation=activation, depth=depth),
+        _FASHION,
+        _images,
+        Recipe("adamw", lr=1e-3, weight_decay=0.01, batch=64),
+        Sizes(4000, 1000, 2000, 28),
+    )
+
+
+def _encoder(
+    classes: int, activation: str, load: Callable[[int], Sentences], about: str, tokens: int
+) -> Network:
     return Network(
         "nlp",
         partial(minilm, classes, activation),
-        partial(_sentences, load=load, samples=2000),
-        _FINE_TUNING,
-        f"{about}: 2,000 sentences of at most 32 tokens, 1,000 to validate, 1,000 to test",
+        about,
+        partial(_sentences, load=load),
+        Recipe("adamw", lr=1e-4, weight_decay=0.01, batch=16),
+        Sizes(480, 300, 500, tokens),
     )
 
 
-def _transformer(activation: str) -> Network:
-    return Network(
-        "vit",
-        partial(models.build, "vit", _SHAPE, 10, activation=activation),
-        partial(_images, samples=10_000),
-        _ADAM,
-        "Fashion-MNIST 28x28: 10,000 images, 2,000 to validate, 10,000 to test",
-    )
-
+_FILMS, _QUESTIONS = "snippets of film reviews", "TREC questions"
 
 NETWORKS = {
-    "resnet20": Network(
-        "cnn",
-        partial(models.build, "resnet", _SHAPE, 10),
-        partial(_images, samples=5_000),
-        _SGD,
-        "Fashion-MNIST 28x28: 5,000 images, 2,000 to validate, 10,000 to test",
-    ),
+    "resnet20": _cnn("resnet"),
+    "vgg-bn": _cnn("vgg"),
     "efficientnet-lite0": Network(
         "cnn",
         _efficientnet,
-        partial(_images, samples=2_000, side=64),
-        Recipe(lr=0.02, batch=64),
-        "Fashion-MNIST at 64x64, pretrained: 2,000 images, 2,000 to validate, 2,000 to test",
+        f"{_FASHION}, network pretrained on ImageNet",
+        partial(_images, pretrained=True),
+        Recipe(lr=0.02, batch=25),
+        Sizes(500, 500, 800, 64),
     ),
-    "vit-relu": _transformer("relu"),
-    "vit-gelu": _transformer("gelu"),
-    "minilm-relu-movies": _encoder(2, "relu", movie_snippets, "film snippets"),
-    "minilm-gelu-movies": _encoder(2, "gelu", movie_snippets, "film snippets"),
-    "minilm-relu-trec": _encoder(6, "relu", trec_questions, "TREC questions"),
-    "minilm-gelu-trec": _encoder(6, "gelu", trec_questions, "TREC questions"),
+    "vit-relu": _transformer("relu", 6),
+    "vit-gelu": _transformer("gelu", 8),
+    "minilm-relu-trec": _encoder(6, "relu", trec_questions, _QUESTIONS, 16),
+    "minilm-relu-movies": _encoder(2, "relu", movie_snippets, _FILMS, 24),
+    "minilm-gelu-trec": _encoder(6, "gelu", trec_questions, _QUESTIONS, 16),
+    "minilm-gelu-movies": _encoder(2, "gelu", movie_snippets, _FILMS, 24),
 }
 """By the name that reports call them; ReLU is swapped in for GELU where the name says so."""

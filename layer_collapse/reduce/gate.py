@@ -188,3 +188,20 @@ def smallest_form(value: Tensor, tolerance: float = 1e-12) -> Tensor:
         value = value[0]
     form: Tensor = torch.atleast_1d(value).contiguous()
     return form
+
+
+def reinitialise_(model: nn.Module, seed: int) -> None:
+    """Give every layer of a folded model fresh weights: what it was trained to is forgotten.
+
+    Layers start as torch initialises them, gates as the identity, constants at 0; parameters that
+    belong to none of these stay.
+    """
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, ConstantBias):
+            module.value.zero_()
+        elif isinstance(module, AffineGate):
+            module.scale.fill_(1.0)
+            module.offset.zero_()
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            reset()

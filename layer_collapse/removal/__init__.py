@@ -3,9 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
+from ..prune.strategies import EntropyGuided, GlobalMagnitude, UniformMagnitude
 from .base import Loop, NotApplicable, Outcome, Removal, Removed, Watch
+from .continuous import Continuous
+from .drop import Drop
+from .easier import Easier
+from .pruned import Pruned
+from .settings import Settings
+from .steering import Steering
+from .tlc import Tlc
 
-REMOVALS: Mapping[str, Callable[[], Removal]] = {}
+REMOVALS: Mapping[str, Callable[[], Removal]] = {
+    "entropy": Pruned,
+    "entropy-active": partial(Pruned, EntropyGuided("active"), name="entropy-active"),
+    "magnitude": partial(Pruned, GlobalMagnitude()),
+    "uniform": partial(Pruned, UniformMagnitude()),
+    "drop": Drop,
+    "continuous": Continuous,
+    "continuous-loss": partial(Continuous, score="loss"),
+    "continuous-entropy": partial(Continuous, score="entropy"),
+    "continuous-random": partial(Continuous, score="random"),
+    "easier": Easier,
+    "tlc": Tlc,
+}
 
-__all__ = ["REMOVALS", "Loop", "NotApplicable", "Outcome", "Removal", "Removed", "Watch"]
+__all__ = [
+    "REMOVALS",
+    "Loop",
+    "NotApplicable",
+    "Outcome",
+    "Removal",
+    "Removed",
+    "Settings",
+    "Steering",
+    "Watch",
+]

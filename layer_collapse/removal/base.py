@@ -29,10 +29,13 @@ EMPTY, ONE_SIDED, LINEARISED, CONSTANT = "empty", "one-sided", "linearised", "co
 class Loop(Protocol):
     """A training loop and the data that a strategy may look at: never a test split."""
 
-    #: One batch of inputs, as for :func:`layer_collapse.scan`.
-    example_inputs: ExampleInputs
     #: What the run's randomness derives from.
     seed: int
+
+    @property
+    def example_inputs(self) -> ExampleInputs:
+        """One batch of inputs, as for :func:`layer_collapse.scan`."""
+        ...
 
     def batches(self) -> Iterable[Batch]:
         """The training split in a fixed order, for :func:`layer_collapse.scan`.

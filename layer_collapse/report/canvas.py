@@ -1,12 +1,13 @@
 """The paper that charts are drawn on, without pyplot: nothing is shared with the caller's plots.
 
-A chart becomes a PNG on white, for print, and an SVG whose ink follows a light or dark page.
+A chart becomes a PNG on white, for print, or on a dark page, and an SVG whose ink follows the page.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import matplotlib as mpl
@@ -14,10 +15,20 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-__all__ = ["FAINT", "INK", "End", "label_ends", "new_axes", "printable", "render", "say_nothing"]
+__all__ = [
+    "INK",
+    "End",
+    "label_ends",
+    "new_axes",
+    "printable",
+    "render",
+    "render_all",
+    "say_nothing",
+    "style_axes",
+]
 
 INK, FAINT = "#24292f", "#d5dae0"  # text and grid on white
-_DARK_INK, _DARK_FAINT = "#d8dee6", "#3a424c"
+_DARK_INK, _DARK_FAINT, _DARK_PAGE = "#d8dee6", "#3a424c", "#0d1117"
 _RC: dict[Any, Any] = {
     "font.size": 10,
     "font.family": "sans-serif",
@@ -36,6 +47,12 @@ def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    style_axes(axes)
+    return figure, axes
+
+
+def style_axes(axes: Axes) -> None:
+    """Give axes only faint lines and the page's ink."""
     axes.set_axisbelow(True)
     axes.grid(color=FAINT, lw=0.8)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -43,7 +60,6 @@ def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
     axes.tick_params(colors=INK, length=0, labelsize=9)
     axes.xaxis.label.set_color(INK)
     axes.yaxis.label.set_color(INK)
-    return figure, axes
 
 
 def say_nothing(figure: Figure, axes: Axes, why: str) -> Figure:
@@ -100,15 +116,53 @@ def render(draw: Callable[[dict[str, Any]], Figure], report: dict[str, Any]) -> 
     Returns:
         The PNG (on white, 200 dpi) and the SVG (clear, in the page's ink).
     """
-    png, svg = io.BytesIO(), io.BytesIO()
+    drawn = render_all(partial(draw, report), dark=False)
+    return drawn[".png"], drawn[".svg"]
+
+
+def render_all(draw: Callable[[], Figure], dark: bool = True) -> dict[str, bytes]:
+    """Draw a chart.
+
+    Returns:
+        By how the file's name ends: ".png" (on white, 200 dpi), ".svg" (clear, in the page's ink)
+        and, with ``dark``, "-dark.png".
+    """
+    png, night, svg = io.BytesIO(), io.BytesIO(), io.BytesIO()
     with mpl.rc_context(_RC):
-        figure = draw(report)
-        figure.savefig(png, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+        figure = draw()
+        options: dict[str, Any] = {"format": "png", "dpi": 200, "metadata": {"Software": None}}
+        figure.savefig(png, facecolor="white", **options)
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+        if dark:
+            _darken(figure)
+            figure.savefig(night, facecolor=_DARK_PAGE, **options)
     text = svg.getvalue().decode("utf-8")
     text = text.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)")
     style = (
         f"<style>svg{{--ink:{INK};--faint:{FAINT}}}@media (prefers-color-scheme:dark)"
         f"{{svg{{--ink:{_DARK_INK};--faint:{_DARK_FAINT}}}}}</style>"
     )
-    return png.getvalue(), text.replace("<defs>", style + "<defs>", 1).encode("utf-8")
+    drawn = {
+        ".png": png.getvalue(),
+        ".svg": text.replace("<defs>", style + "<defs>", 1).encode("utf-8"),
+    }
+    return drawn | ({"-dark.png": night.getvalue()} if dark else {})
+
+
+def _darken(figure: Figure) -> None:
+    """Exchange ink and grid for those of a dark page; all other colours stay."""
+    exchanged = {
+        mpl.colors.to_rgba(INK): _DARK_INK,
+        mpl.colors.to_rgba(FAINT): _DARK_FAINT,
+        mpl.colors.to_rgba("white"): _DARK_PAGE,
+    }
+    for artist in figure.findobj():
+        for what in ("color", "facecolor", "edgecolor"):
+            get, put = (getattr(artist, f"{verb}_{what}", None) for verb in ("get", "set"))
+            if get is None or put is None:
+                continue
+            before = get()
+            one = isinstance(before, str) or (len(before) and not hasattr(before[0], "__len__"))
+            colours = {mpl.colors.to_rgba(c) for c in ([before] if one else before)}
+            if len(colours) == 1 and (colour := colours.pop()) in exchanged:
+                put(exchanged[colour])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ import pytest
 from layer_collapse.data import FASHION_MNIST_ROOT
 from layer_collapse.idx import find_fashion_mnist
 from layer_collapse.paper.loops import Inputs, Part, TrainingLoop
-from layer_collapse.paper.networks import NETWORKS, _sentences
-from layer_collapse.text import movie_snippets, trec_questions
+from layer_collapse.paper.networks import NETWORKS, Sizes, _sentences
+from layer_collapse.text import Sentences, movie_snippets, trec_questions
 
 
 def _rows(part: Part) -> set[tuple[float, ...]]:
@@ -19,18 +20,21 @@ def _rows(part: Part) -> set[tuple[float, ...]]:
 
 
 @pytest.mark.parametrize("load", [movie_snippets, trec_questions])
-def test_sentences_are_split_apart(load: object) -> None:
+def test_sentences_are_split_apart(load: Callable[[int], Sentences]) -> None:
     try:
-        task = _sentences(None, load=load, samples=2000)  # type: ignore[arg-type]
+        task = _sentences(None, Sizes(2000, 1000, 1000, 32), load=load)
+        smaller = _sentences(None, Sizes(100, 200, 300, 32), load=load)
     except OSError as error:
         pytest.skip(str(error))
     assert [len(p) for p in (task.training, task.validation, task.test)] == [2000, 1000, 1000]
+    assert [len(p) for p in (smaller.training, smaller.validation, smaller.test)] == [100, 200, 300]
+    assert _rows(smaller.test) <= _rows(task.test)
     places = [_rows(p) for p in (task.training, task.validation, task.test)]
     assert not places[0] & places[2]
     assert not places[1] & places[2]
 
 
-@pytest.mark.parametrize("name", ["resnet20", "vit-relu", "vit-gelu"])
+@pytest.mark.parametrize("name", ["resnet20", "vgg-bn", "vit-relu", "vit-gelu"])
 def test_a_network_trains_on_its_task(name: str) -> None:
     try:
         find_fashion_mnist(FASHION_MNIST_ROOT)
@@ -41,7 +45,7 @@ def test_a_network_trains_on_its_task(name: str) -> None:
     model = network.build()
     loop = TrainingLoop(task.training, task.validation, network.recipe)
     before = loop.loss(model)
-    loop.train(model, 0.1 if name != "resnet20" else 0.5)
+    loop.train(model, 0.5)
     assert loop.loss(model) < before
 
 

@@ -1,0 +1,56 @@
+"""Ours: layers leave in one training run, steered by entropies that are known all along."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from .base import Loop, Outcome
+from .common import check_arguments
+from .settings import FAMILIES, Settings, family_of
+from .steering import Steering
+
+__all__ = ["Continuous"]
+
+
+class Continuous:
+    """One run, one schedule; see :class:`~layer_collapse.removal.steering.Steering`.
+
+    Args:
+        settings: instead of those of the model's family.
+        score: instead of the one of the settings, for ablations.
+    """
+
+    def __init__(self, settings: Settings | None = None, score: str | None = None) -> None:
+        self.settings = settings
+        self.score = score
+
+    @property
+    def name(self) -> str:
+        """ "continuous", or with its score where that is an ablation's."""
+        return "continuous" + (f"-{self.score}" if self.score else "")
+
+    def run(self, model: nn.Module, loop: Loop, epochs: float, remove: int) -> Outcome:
+        """See :meth:`layer_collapse.removal.Removal.run`.
+
+        Raises:
+            ValueError: bad arguments.
+        """
+        check_arguments(self.name, epochs, remove)
+        settings = self.settings or FAMILIES[family_of(model)]
+        if self.score:
+            settings = replace(settings, score=self.score)
+        steering = Steering(
+            model,
+            loop.batches(),
+            loop.example_inputs,
+            loop.loss,
+            remove=remove,
+            settings=settings,
+            epochs=epochs,
+            seed=loop.seed,
+            log=loop.log,
+        )
+        loop.train(model, epochs, watch=steering)
+        return steering.finish()

@@ -1,0 +1,188 @@
+"""The figures of the experiments; series differ in shape as well as colour."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ..canvas import INK, new_axes, say_nothing, style_axes
+from .layers import correlation, entropy, gates, sparsity
+
+__all__ = ["CHARTS", "captioned", "frontiers"]
+
+#: Colour and marker of each arm; the colours stay apart in grey and for colour-blind readers.
+STYLES = {
+    "continuous": ("#c8384f", "o"),
+    "entropy": ("#2f7fd8", "s"),
+    "magnitude": ("#d9822b", "^"),
+    "drop": ("#2c8f5e", "D"),
+    "shallow": ("#8a63d2", "P"),
+    "dense": ("#7b8794", "*"),
+}
+_OTHERS = ("v", "<", ">", "X", "h", "p", "d", "8")
+_OTHER = "#8a7a5c"
+
+
+def _style(arm: str, others: list[str]) -> tuple[str, str]:
+    return STYLES.get(arm) or (_OTHER, _OTHERS[others.index(arm) % len(_OTHERS)])
+
+
+def _frontier(axes: Axes, network: dict[str, Any]) -> None:
+    """Test accuracy against rectifiers gone, one line per arm; what is cut stands at the foot."""
+    rows = [row for row in network["rows"] if row["arm"] in STYLES or "off" in row]
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    others = [arm for arm in arms if arm not in STYLES]
+    for arm in sorted(arms, key=lambda a: (a not in STYLES, arms.index(a))):
+        colour, marker = _style(arm, others)
+        own = sorted((r for r in rows if r["arm"] == arm and "off" in r), key=_off)
+        cut = [row["asked"] for row in rows if row["arm"] == arm and row["cut"]]
+        if own:
+            axes.errorbar(
+                [_off(row) for row in own],
+                [row["test_accuracy"]["mean"] for row in own],
+                yerr=[row["test_accuracy"]["deviation"] or 0.0 for row in own],
+                xerr=[row["off"]["deviation"] or 0.0 for row in own],
+                color=colour,
+                marker=marker,
+                markersize=9 if arm == "dense" else 6,
+                lw=0 if arm in ("dense", *others) else 1.6,
+                elinewidth=1.2,
+                capsize=2.5,
+                label=arm,
+            )
+        elif not cut:
+            axes.plot([], [], color=colour, marker=marker, lw=0, label=f"{arm}: n/a")
+        if arm == "dense" and own:
+            axes.axhline(own[0]["test_accuracy"]["mean"], color=colour, lw=1, ls=(0, (5, 2)))
+        if cut:
+            label = None if own else f"{arm}: cut"
+            foot = [0.02] * len(cut)
+            transform = axes.get_xaxis_transform()
+            axes.plot(cut, foot, "x", color=colour, transform=transform, label=label, clip_on=False)
+            for x in cut:
+                axes.annotate(
+                    "cut", (x, 0.05), xycoords=transform, ha="center", fontsize=8, color=colour
+                )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("rectifiers gone from the folded network")
+    axes.set_ylabel("test accuracy (%)")
+
+
+def _off(row: dict[str, Any]) -> float:
+    return float(row["off"]["mean"])
+
+
+def frontier(name: str, network: dict[str, Any]) -> Figure:
+    """Test accuracy against rectifiers removed, mean and deviation over the seeds."""
+    figure, axes = new_axes(7.2, 4.4)
+    if not network["rows"]:
+        return say_nothing(figure, axes, "no cell is there yet")
+    _frontier(axes, network)
+    axes.legend(
+        frameon=False, labelcolor=INK, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5)
+    )
+    return figure
+
+
+def frontiers(networks: dict[str, Any]) -> Figure:
+    """The frontiers of all networks, side by side."""
+    columns = min(3, max(1, len(networks)))
+    lines = -(-len(networks) // columns)
+    figure, first = new_axes(4.4 * columns, 3.5 * lines + 0.6)
+    if not networks:
+        return say_nothing(figure, first, "no cell is there yet")
+    figure.delaxes(first)
+    handles: dict[str, Any] = {}
+    for i, (name, network) in enumerate(networks.items(), start=1):
+        axes = figure.add_subplot(lines, columns, i)
+        style_axes(axes)
+        _frontier(axes, network)
+        axes.text(
+            0.5, 1.0, wrapped(network["about"], 62), transform=axes.transAxes, ha="center",
+            va="bottom", fontsize=6.5, color=INK,
+        )  # fmt: skip
+        axes.set_title(name, color=INK, fontsize=10, pad=24)
+        found, labels = axes.get_legend_handles_labels()
+        handles |= {
+            label: handle
+            for handle, label in zip(found, labels, strict=True)
+            if ":" not in label and label not in handles
+        }
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        frameon=False,
+        labelcolor=INK,
+        fontsize=9,
+        ncols=min(len(handles), 3 * columns) or 1,
+        loc="outside lower center",
+    )
+    return figure
+
+
+def latency(name: str, network: dict[str, Any]) -> Figure:
+    """Time of the folded networks against the whole one, at batch 1 and 64."""
+    rows = [row for row in network["rows"] if "off" in row]
+    figure, axes = new_axes(7.2, max(2.2, 0.9 + 0.42 * len(rows)))
+    if not rows:
+        return say_nothing(figure, axes, "no latency was measured")
+    sizes = list(rows[0]["latency"])
+    for i, size in enumerate(sizes):
+        offset = (i - (len(sizes) - 1) / 2) * 0.36
+        for y, row in enumerate(rows):
+            found = row["latency"][size]
+            axes.barh(
+                y + offset,
+                found["ratio"]["mean"],
+                0.34,
+                xerr=found["ratio"]["deviation"],
+                color=("#2f7fd8", "#9cc3ec")[i % 2],
+                ecolor=INK,
+                error_kw={"lw": 1},
+                label=None if y else f"batch {size}",
+            )
+            axes.text(0.01, y + offset, f"{found['ms']:.3g} ms", va="center", fontsize=7, color=INK)
+    axes.axvline(1.0, color=INK, lw=1, ls=(0, (5, 2)))
+    names = [f"{row['arm']} ({_off(row):.3g} off)" for row in rows]
+    axes.set_yticks(np.arange(len(rows)), names)
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.set_xlabel("time of the folded network (the whole network = 1)")
+    figure.legend(frameon=False, labelcolor=INK, fontsize=9, ncols=2, loc="outside lower right")
+    return figure
+
+
+def captioned(
+    draw: Callable[[str, dict[str, Any]], Figure], title: str, name: str, network: dict[str, Any]
+) -> Figure:
+    """A figure under its title and the sizes that it was measured at."""
+    figure = draw(name, network)
+    about = wrapped(network["about"], int(14 * figure.get_figwidth()))
+    figure.suptitle(f"{name}: {title}\n{about}", color=INK, fontsize=8.5, x=0.01, ha="left")
+    return figure
+
+
+def wrapped(text: str, width: int) -> str:
+    """Broken into lines between words."""
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) + 1 > width and lines[-1]:
+            lines.append("")
+        lines[-1] += f"{' ' if lines[-1] else ''}{word}"
+    return "\n".join(lines)
+
+
+CHARTS: dict[str, Callable[[str, dict[str, Any]], Figure]] = {
+    "frontier": frontier,
+    "entropy": entropy,
+    "correlation": correlation,
+    "sparsity": sparsity,
+    "latency": latency,
+    "gates": gates,
+}
+"""What draws each figure of a network, by the name of its file."""

@@ -1,0 +1,126 @@
+"""The numbers of the experiments: cells become rows with mean and spread over the seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from scipy.stats import spearmanr
+
+from ...paper.cells import Cell, rectifiers_off
+from ...paper.networks import NETWORKS, Sizes
+
+__all__ = ["summary"]
+
+Results = Sequence[tuple[Cell, dict[str, Any]]]
+
+
+def summary(results: Results) -> dict[str, Any]:
+    """All that tables and figures show, as JSON data: by network, in the order of the cells."""
+    networks: dict[str, list[tuple[Cell, dict[str, Any]]]] = {}
+    for cell, result in results:
+        networks.setdefault(cell.network, []).append((cell, result))
+    return {name: _network(name, found) for name, found in networks.items()}
+
+
+def _network(name: str, found: Results) -> dict[str, Any]:
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for cell, result in found:
+        groups.setdefault((cell.arm, cell.remove), []).append(result)
+    first = found[0][0]
+    whole = next((r["network"] for _, r in found if "network" in r), None)
+    shown = [cell for cell, result in found if "layers" in result and cell.seed == 0]
+    return {
+        "about": NETWORKS[name].about(Sizes(**first.settings["sizes"])),
+        "family": NETWORKS[name].family,
+        "epochs": {cell.arm: cell.settings["epochs"] for cell, _ in found},
+        "whole": whole,
+        "cpu_minutes": sum(r.get("cpu_seconds", 0.0) for _, r in found) / 60,
+        "rows": [_row(arm, asked, group) for (arm, asked), group in groups.items()],
+        "correlation": {
+            arm: _correlation([r for cell, r in found if cell.arm == arm])
+            for arm in dict.fromkeys(cell.arm for cell, _ in found)
+        },
+        "layers": {
+            f"{cell.arm} {cell.remove}": {
+                "final": result["layers"],
+                "history": result["entropy_history"],
+            }
+            for cell, result in found
+            if cell in shown
+        },
+    }
+
+
+def _row(arm: str, asked: int, group: list[dict[str, Any]]) -> dict[str, Any]:
+    """One line of the table: an arm at one number of rectifiers asked for, over its seeds."""
+    whole = [r for r in group if "n/a" not in r and not r["cut"]]
+    row: dict[str, Any] = {
+        "arm": arm,
+        "asked": asked,
+        "seeds": len(group),
+        "cut": sum(1 for r in group if r.get("cut")),
+        "not_applicable": next((r["n/a"] for r in group if "n/a" in r), ""),
+        "notes": list(dict.fromkeys(r["note"] for r in group if r.get("note"))),
+    }
+    if not whole:
+        return row
+    states = Counter(state for r in whole for state in r["zero"].values())
+    kinds = Counter(one["kind"] for r in whole for one in r["removed"])
+    row |= {
+        "off": _spread([rectifiers_off(r) for r in whole]),
+        "test_accuracy": _spread([r["test_accuracy"] for r in whole]),
+        "validation_accuracy": _spread([r["validation_accuracy"] for r in whole]),
+        "empty": states["empty"] / len(whole),
+        "one_sided": states["one-sided"] / len(whole),
+        "kinds": {kind: count / len(whole) for kind, count in kinds.items()},
+        "depth": statistics.mean(r["after"]["depth"] for r in whole),
+        "macs": statistics.mean(r["after"]["macs"] for r in whole),
+        "parameters": statistics.mean(r["after"]["parameters"] for r in whole),
+        "changed_predictions": sum(r["changed_predictions"] for r in whole),
+        "latency": {
+            size: {
+                "ms": statistics.mean(r["latency_ms"][size]["after"] for r in whole),
+                "ratio": _spread(
+                    [
+                        r["latency_ms"][size]["after"] / r["latency_ms"][size]["before"]
+                        for r in whole
+                    ]
+                ),
+            }
+            for size in whole[0]["latency_ms"]
+        },
+        "proof": max(r["proof"]["max_rel"] for r in whole),
+    }
+    return row
+
+
+def _ratio(latency: dict[str, Any]) -> float:
+    return float(latency["after"] / latency["before"])
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and sample deviation; no deviation from one value."""
+    return {
+        "mean": statistics.mean(values),
+        "deviation": statistics.stdev(values) if len(values) > 1 else None,
+        "values": list(values),
+    }
+
+
+def _correlation(group: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Spearman's rank correlation of entropy with sparsity, layers and measurements together."""
+    pairs = [
+        (row["sparsity"], row["H"])
+        for r in group
+        for measured in r.get("entropy_history", [])
+        for row in measured["rectifiers"].values()
+        if row["sparsity"] is not None and row["H"] is not None
+    ]
+    if len({s for s, _ in pairs}) < 2 or len({h for _, h in pairs}) < 2:
+        return None  # nothing was pruned, or nothing changed
+    rho = float(spearmanr([s for s, _ in pairs], [h for _, h in pairs]).statistic)
+    return None if math.isnan(rho) else {"rho": rho, "points": len(pairs)}

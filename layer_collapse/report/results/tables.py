@@ -1,0 +1,158 @@
+"""The experiments as markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..text import format_value
+
+__all__ = ["page"]
+
+_HEAD = (
+    "arm",
+    "asked",
+    "off",
+    "test accuracy (%)",
+    "to dense",
+    "validation",
+    "empty",
+    "one-sided",
+    "left as",
+    "depth",
+    "MACs",
+    "time, batch 1",
+    "time, batch 64",
+    "changed",
+    "seeds",
+)
+
+
+def page(content: dict[str, Any]) -> str:
+    """All networks: their figures and tables, and what entropy has to do with sparsity."""
+    parts = [_opening(content), _correlations(content["networks"])]
+    parts += [_network(name, network) for name, network in content["networks"].items()]
+    return "\n\n".join(parts)
+
+
+def _opening(content: dict[str, Any]) -> str:
+    quick = " **A smoke test on few data: no evidence.**" if content["quick"] else ""
+    return (
+        f"Written by `{content['command']}` from the cells of code version `{content['code']}` "
+        f"(torch {content['torch']}); the numbers are those of [results.json](results.json)."
+        f"{quick}\n\n"
+        "Accuracies are mean ± sample deviation over the seeds, on a test set that took part in no "
+        "choice. *Off* counts rectifiers that are gone from the folded network, *empty* and "
+        "*one-sided* those that the final scan found at exactly zero entropy. *Time* is that of "
+        "the folded network, as a part of the whole network's, measured in turns. *Changed* counts "
+        "test samples on which folding changed the prediction. A network whose output no longer "
+        "depends on its input is *cut*: its layers do not count as removed.\n\n"
+        "![accuracy against rectifiers removed, all networks](frontier.svg)"
+    )
+
+
+def _correlations(networks: dict[str, Any]) -> str:
+    arms = ("magnitude", "entropy", "continuous")
+    rows = []
+    for name, network in networks.items():
+        cells = [name]
+        for arm in arms:
+            found = network["correlation"].get(arm)
+            cells.append(f"{found['rho']:.3f} ({found['points']:,})" if found else "-")
+        rows.append(cells)
+    return (
+        "## Entropy against sparsity\n\nSpearman's rank correlation of a layer's entropy with the "
+        "share of its weights that are zero (number of pairs: layers x measurements x seeds).\n\n"
+        + table(("network", *arms), rows)
+    )
+
+
+def _network(name: str, network: dict[str, Any]) -> str:
+    whole = network["whole"]
+    rows = network["rows"]
+    dense = next(
+        (r["test_accuracy"]["mean"] for r in rows if r["arm"] == "dense" and "off" in r), None
+    )
+    epochs = ", ".join(f"{arms} {count:g}" for arms, count in _by_epochs(network["epochs"]).items())
+    text = [f"## {name}", f"{network['about']}. Epochs: {epochs}."]
+    if whole:
+        text[-1] += (
+            f" The whole network: {whole['rectifiers']} rectifiers, depth {whole['depth']}, "
+            f"{whole['parameters']:,} parameters, {whole['macs']:,} MACs."
+        )
+    text[-1] += f" All cells so far: {network['cpu_minutes']:.1f} CPU minutes."
+    text.append(
+        "\n".join(f"![{title}, {name}]({name}-{key}.svg)" for key, title in FIGURES.items())
+    )
+    text.append(table(_HEAD, [_line(row, dense) for row in rows]))
+    notes = [
+        f"- {row['arm']}: n/a, {row['not_applicable']}" for row in rows if row["not_applicable"]
+    ]
+    notes += [
+        f"- {row['arm']}, {row['asked']} asked: {note}" for row in rows for note in row["notes"]
+    ]
+    if notes:
+        text.append("\n".join(dict.fromkeys(notes)))
+    return "\n\n".join(text)
+
+
+#: The figures of each network.
+FIGURES = {
+    "frontier": "accuracy against rectifiers removed",
+    "entropy": "entropy of each layer over the epochs",
+    "correlation": "entropy against sparsity",
+    "sparsity": "sparsity of each layer",
+    "latency": "latency",
+    "gates": "neurons by what they do",
+}
+
+
+def _by_epochs(epochs: dict[str, float]) -> dict[str, float]:
+    """Arms that train equally long, named together."""
+    together: dict[float, list[str]] = {}
+    for arm, count in epochs.items():
+        together.setdefault(count, []).append(arm)
+    most = max(together, key=lambda count: len(together[count]))
+    return {
+        "all arms" if count == most and len(arms) > 1 else ", ".join(arms): count
+        for count, arms in together.items()
+    }
+
+
+def _line(row: dict[str, Any], dense: float | None) -> list[str]:
+    begin, end = [row["arm"], str(row["asked"] or "-")], [str(row["seeds"])]
+    empty = len(_HEAD) - len(begin) - len(end)
+    if "off" not in row:
+        return begin + ["cut" if row["cut"] else "n/a"] + ["-"] * (empty - 1) + end
+    off, accuracy = row["off"], row["test_accuracy"]
+    cut = f", {row['cut']} cut" if row["cut"] else ""
+    return [
+        *begin,
+        f"{off['mean']:.3g}",
+        _spread(accuracy),
+        "-" if dense is None else f"{accuracy['mean'] - dense:+.1f}",
+        _spread(row["validation_accuracy"]),
+        f"{row['empty']:.3g}",
+        f"{row['one_sided']:.3g}",
+        ", ".join(f"{count:.3g} {kind}" for kind, count in row["kinds"].items()) or "-",
+        f"{row['depth']:.3g}",
+        format_value(round(row["macs"]), "count"),
+        *(_ratio(row["latency"][size]) for size in ("1", "64")),
+        str(row["changed_predictions"]),
+        end[0] + cut,
+    ]
+
+
+def _spread(value: dict[str, Any]) -> str:
+    deviation = "" if value["deviation"] is None else f" ± {value['deviation']:.1f}"
+    return f"{value['mean']:.1f}{deviation}"
+
+
+def _ratio(latency: dict[str, Any]) -> str:
+    return f"{latency['ratio']['mean']:.2f} x ({format_value(latency['ms'], 'ms')})"
+
+
+def table(head: tuple[str, ...], rows: list[list[str]]) -> str:
+    """A markdown table; numbers stand on the right."""
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
