@@ -84,7 +84,7 @@ def lowest(
         score: as :attr:`Settings.score`.
         loss: of a model in evaluation mode.
         entropies: by rectifier, in bits; one that is not known counts as 1.
-        costs: growth of the loss by the rectifiers of a way, as far as measured; brought up to date.
+        costs: growth of the loss by the rectifiers of a way, as last measured; brought up to date.
 
     Raises:
         ValueError: a loss is not finite.
