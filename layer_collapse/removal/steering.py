@@ -91,6 +91,7 @@ class Steering:
         self._random = random.Random(seed)
         self._cut: list[str] = []  # exits of branches that left
         self._entropies: dict[str, float] = {}  # the last known, in bits
+        self._costs: dict[tuple[str, ...], float] = {}  # in loss, when last measured
         self._leaving: Way | None = None
         self._began = self._until = 0.0
         self._done = remove == 0
@@ -173,7 +174,13 @@ class Steering:
         )
         if ways:
             way, why = lowest(
-                settings.score, ways, self.model, self._loss, self._entropies, self._random
+                settings.score,
+                ways,
+                self.model,
+                self._loss,
+                self._entropies,
+                self._random,
+                self._costs,
             )
             self._leaving, self._began = way, self._share
             left = len(self.removed) + len(way.rectifiers)
@@ -185,7 +192,7 @@ class Steering:
                 f"{len(self.removed)} of {self._remove} left: no further branch has a way around "
                 "it, or no rectifier can be replaced in place. "
             )
-        if rectifier_nodes(trace(self.model, self._example)):
+        if ways or rectifier_nodes(trace(self.model, self._example)):
             self._tracker = track(self.model, self._example)
         if self._leaving is not None and settings.moves:
             self._leaving.begin(self.model)
