@@ -15,10 +15,12 @@ from .tlc import Tlc
 
 REMOVALS: Mapping[str, Callable[[], Removal]] = {
     "drop": Drop,
+    "drop-linear": partial(Drop, ("linear",)),
     "continuous": Continuous,
     "continuous-loss": partial(Continuous, score="loss"),
     "continuous-entropy": partial(Continuous, score="entropy"),
     "continuous-random": partial(Continuous, score="random"),
+    "continuous-constant": partial(Continuous, forms=("constant",)),
     "easier": Easier,
     "tlc": Tlc,
 }
