@@ -202,7 +202,7 @@ def test_random_order_is_that_of_the_seed() -> None:
 
 def test_drop_needs_a_branch() -> None:
     _, loop = resnet()
-    with pytest.raises(NotApplicable, match="no branch"):
+    with pytest.raises(NotApplicable, match="no further branch"):
         REMOVALS["drop"]().run(build("mlp", (1, 28, 28), 10), loop, 1, remove=1)
 
 
@@ -223,6 +223,16 @@ def test_bad_arguments_get_a_sentence(name: str) -> None:
         REMOVALS[name]().run(model, loop, 0, remove=1)
     with pytest.raises(ValueError, match="0 or more rectifiers"):
         REMOVALS[name]().run(model, loop, 1, remove=-1)
+
+
+def test_data_that_can_be_read_once_are_refused() -> None:
+    x = torch.randn(4, 4)
+    with pytest.raises(ValueError, match="iterated again"):
+        Steering(Parallel(), iter([x]), x, lambda m: 0.0, remove=1)
+
+
+def test_names_are_those_of_the_registry() -> None:
+    assert {name: make().name for name, make in REMOVALS.items()} == {n: n for n in REMOVALS}
 
 
 def test_settings_are_checked() -> None:
