@@ -10,6 +10,7 @@ or all of it, around your own training loop: :func:`layer_collapse.collapse`.
 
 import torch  # noqa: F401 - loads the libraries that the native module links against
 
+from . import removal
 from .collapse import CollapseResult, Phase, collapse
 from .graph import TraceError
 from .measure.report import EntropyReport, RectifierEntropy
@@ -67,6 +68,7 @@ __all__ = [
     "load_folded",
     "prune_round",
     "refresh_batch_norm",
+    "removal",
     "remove_blocks",
     "save_folded",
     "scan",

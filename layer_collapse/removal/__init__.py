@@ -21,10 +21,12 @@ REMOVALS: Mapping[str, Callable[[], Removal]] = {
     "magnitude": partial(Pruned, GlobalMagnitude()),
     "uniform": partial(Pruned, UniformMagnitude()),
     "drop": Drop,
+    "drop-linear": partial(Drop, ("linear",)),
     "continuous": Continuous,
     "continuous-loss": partial(Continuous, score="loss"),
     "continuous-entropy": partial(Continuous, score="entropy"),
     "continuous-random": partial(Continuous, score="random"),
+    "continuous-constant": partial(Continuous, forms=("constant",)),
     "easier": Easier,
     "tlc": Tlc,
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
 
 from torch import nn
 
@@ -13,10 +12,13 @@ from ..graph import ExampleInputs, trace
 from ..measure.scan import Batch
 from ..measure.sites import find_sites
 from ..reduce.approximate import fit_gates
+from .common import few
 from .units import find_units, swappable
 from .ways import AsConstant, AsGate, Way, output_means
 
 __all__ = ["lowest", "ways_out"]
+
+_GATE_SAMPLES = 64
 
 
 def ways_out(
@@ -48,7 +50,10 @@ def ways_out(
             ways += [AsConstant(unit, means[unit.exit]) for unit in units]
         else:
             paths = {name: path for name, path in swappable(sites).items() if name not in gone}
-            fits = fit_gates(model, data, example_inputs, names=list(paths)) if paths else {}
+            fits = {}
+            if paths:  # two numbers per neuron need few samples
+                some = few(data, _GATE_SAMPLES)
+                fits = fit_gates(model, some, example_inputs, names=list(paths))
             around = {site.name: site.way_around for site in sites}
             ways += [
                 AsGate(name, path, fits[name].gate)
@@ -67,41 +72,48 @@ def lowest(
     loss: Callable[[nn.Module], float],
     entropies: Mapping[str, float],
     chance: random.Random,
+    costs: dict[tuple[str, ...], float],
 ) -> tuple[Way, str]:
     """What leaves next, and why in words.
 
+    Lazily greedy (Minoux 1978): those that looked cheapest at earlier choices are measured first,
+    until one costs no more than what the next cost then. That is the cheapest of all where costs
+    only grow as others leave, for a fraction of the evaluations.
+
     Args:
         score: as :attr:`Settings.score`.
-        loss: of a model in evaluation mode; called once per way where the score needs it.
+        loss: of a model in evaluation mode.
         entropies: by rectifier, in bits; one that is not known counts as 1.
+        costs: growth of the loss by the rectifiers of a way, as last measured; brought up to date.
+
+    Raises:
+        ValueError: a loss is not finite.
     """
     if score == "random":
         return chance.choice(list(ways)), "at random"
-    bits = [_mean([entropies[n] for n in way.rectifiers if n in entropies]) for way in ways]
-    costs = [0.0] * len(ways)
-    if score != "entropy":
-        base = loss(model)
-        costs = [_without(way.momentarily(model), model, loss) - base for way in ways]
-    if not all(map(math.isfinite, costs)):
-        raise ValueError("the loss is not finite; the training has diverged")
+    bits = {way: _mean([entropies[n] for n in way.rectifiers if n in entropies]) for way in ways}
+    if score == "entropy":
+        best = min(ways, key=lambda way: bits[way])
+        return best, f"H = {bits[best]:.3f} bits"
 
-    def key(i: int) -> tuple[float, float]:
-        if score == "entropy":
-            return bits[i], 0.0
+    def key(way: Way) -> tuple[float, float]:
+        cost = costs.get(way.rectifiers, -math.inf)
         # of those whose leaving costs nothing, the one that the loss gains most by
-        return max(costs[i], 0.0) * (bits[i] if score == "loss x entropy" else 1.0), costs[i]
+        return max(cost, 0.0) * (bits[way] if score == "loss x entropy" else 1.0), cost
 
-    best = min(range(len(ways)), key=key)
-    why = f"H = {bits[best]:.3f} bits"
-    return ways[best], why if score == "entropy" else f"loss {costs[best]:+.4f}, {why}"
+    base = loss(model)
+    measured: list[Way] = []
+    for way in sorted(ways, key=key):
+        if measured and min(map(key, measured)) <= key(way):
+            break
+        with way.momentarily(model):
+            costs[way.rectifiers] = loss(model) - base
+        if not math.isfinite(costs[way.rectifiers]):
+            raise ValueError("the loss is not finite; the training has diverged")
+        measured.append(way)
+    best = min(measured, key=key)
+    return best, f"loss {costs[best.rectifiers]:+.4f}, H = {bits[best]:.3f} bits"
 
 
 def _mean(known: list[float]) -> float:
     return sum(known) / len(known) if known else 1.0
-
-
-def _without(
-    left: AbstractContextManager[None], model: nn.Module, loss: Callable[[nn.Module], float]
-) -> float:
-    with left:
-        return loss(model)

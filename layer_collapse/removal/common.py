@@ -24,18 +24,18 @@ def check_arguments(name: str, epochs: float, remove: int) -> None:
 
 
 def few(batches: Iterable[Batch], samples: int) -> list[Batch]:
-    """The first batches that hold at least so many samples, or all.
+    """The first ``samples`` samples in their batches, or all there are.
 
     Raises:
         ValueError: there is no batch.
     """
     chosen: list[Batch] = []
-    count = 0
     for batch in batches:
-        chosen.append(batch)
-        count += _size(batch)
-        if count >= samples:
+        if samples <= 0:
             break
+        size = _size(batch)
+        chosen.append(batch if size <= samples else _cut(batch, size, samples))
+        samples -= size
     if not chosen:
         raise ValueError("expected data to measure on (got no batch); pass at least one")
     return chosen
@@ -45,6 +45,15 @@ def _size(batch: Batch) -> int:
     values = batch.values() if isinstance(batch, Mapping) else batch
     tensors = [batch] if isinstance(batch, Tensor) else [v for v in values if torch.is_tensor(v)]
     return len(tensors[0]) if tensors else 0
+
+
+def _cut(value: Any, size: int, samples: int) -> Any:
+    """A batch of ``size`` samples with the first of them only."""
+    if isinstance(value, Mapping):
+        return {key: _cut(v, size, samples) for key, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [_cut(v, size, samples) for v in value]
+    return value[:samples] if isinstance(value, Tensor) and value.shape[:1] == (size,) else value
 
 
 def measurement(epoch: float, report: EntropyReport, model: nn.Module) -> dict[str, Any]:

@@ -19,17 +19,23 @@ class Continuous:
 
     Args:
         settings: instead of those of the model's family.
-        score: instead of the one of the settings, for ablations.
+        score, forms: instead of those of the settings, for ablations.
     """
 
-    def __init__(self, settings: Settings | None = None, score: str | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        score: str | None = None,
+        forms: tuple[str, ...] | None = None,
+    ) -> None:
         self.settings = settings
         self.score = score
+        self.forms = forms
 
     @property
     def name(self) -> str:
-        """ "continuous", or with its score where that is an ablation's."""
-        return "continuous" + (f"-{self.score}" if self.score else "")
+        """ "continuous", and what an ablation changes."""
+        return "-".join(["continuous", *([self.score] if self.score else []), *(self.forms or ())])
 
     def run(self, model: nn.Module, loop: Loop, epochs: float, remove: int) -> Outcome:
         """See :meth:`layer_collapse.removal.Removal.run`.
@@ -39,8 +45,9 @@ class Continuous:
         """
         check_arguments(self.name, epochs, remove)
         settings = self.settings or FAMILIES[family_of(model)]
-        if self.score:
-            settings = replace(settings, score=self.score)
+        settings = replace(
+            settings, score=self.score or settings.score, forms=self.forms or settings.forms
+        )
         steering = Steering(
             model,
             loop.batches(),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from .base import Loop, NotApplicable, Outcome
 from .common import check_arguments
-from .settings import DROP, Settings
+from .settings import DROP
 from .steering import Steering
 
 __all__ = ["Drop"]
@@ -17,18 +19,25 @@ class Drop:
 
     Cheapest: whose replacement by its mean costs the least loss on a few hundred training samples,
     those before it having left. The rest of the run is for what stays.
+
+    Args:
+        forms: ("linear",) replaces rectifiers by affine gates instead: the control that has what
+            ``continuous`` has, but for the entropy and the time that each layer is given.
     """
 
-    name = "drop"
+    def __init__(self, forms: tuple[str, ...] = DROP.forms) -> None:
+        self.settings = replace(DROP, forms=forms)
 
-    def __init__(self, settings: Settings = DROP) -> None:
-        self.settings = settings
+    @property
+    def name(self) -> str:
+        """ "drop", or "drop-linear"."""
+        return "drop" if self.settings == DROP else "-".join(["drop", *self.settings.forms])
 
     def run(self, model: nn.Module, loop: Loop, epochs: float, remove: int) -> Outcome:
         """See :meth:`layer_collapse.removal.Removal.run`.
 
         Raises:
-            NotApplicable: the network has no branch with a way around it.
+            NotApplicable: nothing can leave, e.g. no branch has a way around it.
             ValueError: bad arguments.
         """
         check_arguments(self.name, epochs, remove)
@@ -46,5 +55,5 @@ class Drop:
         loop.train(model, epochs, watch=steering)
         outcome = steering.finish()
         if remove and not outcome.removed:
-            raise NotApplicable("drop: no branch of this network has a way around it")
+            raise NotApplicable(f"{self.name}: {outcome.note}")
         return outcome

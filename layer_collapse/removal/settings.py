@@ -31,7 +31,7 @@ class Settings:
     """
 
     score: str = "loss x entropy"
-    forms: tuple[str, ...] = ("constant", "linear")
+    forms: tuple[str, ...] = ("linear",)
     start: float = 0.15
     end: float = 0.6
     moves: int = 10

@@ -48,6 +48,9 @@ class Steering:
     step while their layer leaves, and frozen once it has. The output always goes on depending on
     the input: a branch that would cut the network stays.
 
+    Not known to it: copies of the model (averages of weights are to be made afterwards), weights
+    spread over processes, and interruption: a run starts again from its beginning.
+
     Args:
         model: not tracked, not spread over processes; it may be wrapped by the caller.
         data: batches as for :func:`layer_collapse.scan`, re-iterable; all are scanned at the end,
@@ -61,7 +64,7 @@ class Steering:
         log: receives a line per removal.
 
     Raises:
-        ValueError: no rectifier, no data, or ``remove`` below 0.
+        ValueError: no rectifier, no data or an iterator, or ``remove`` below 0.
         TraceError: the model cannot be traced.
     """
 
@@ -80,6 +83,11 @@ class Steering:
     ) -> None:
         if remove < 0:
             raise ValueError(f"Steering: expected 0 or more rectifiers to remove (got {remove})")
+        if iter(data) is data:
+            raise ValueError(
+                "Steering: expected data that can be iterated again (got an iterator); pass a list "
+                "or a DataLoader"
+            )
         self.model = model
         self.settings = settings or FAMILIES[family_of(model)]
         self.removed: list[Removed] = []
@@ -91,6 +99,7 @@ class Steering:
         self._random = random.Random(seed)
         self._cut: list[str] = []  # exits of branches that left
         self._entropies: dict[str, float] = {}  # the last known, in bits
+        self._costs: dict[tuple[str, ...], float] = {}  # in loss, when last measured
         self._leaving: Way | None = None
         self._began = self._until = 0.0
         self._done = remove == 0
@@ -173,7 +182,13 @@ class Steering:
         )
         if ways:
             way, why = lowest(
-                settings.score, ways, self.model, self._loss, self._entropies, self._random
+                settings.score,
+                ways,
+                self.model,
+                self._loss,
+                self._entropies,
+                self._random,
+                self._costs,
             )
             self._leaving, self._began = way, self._share
             left = len(self.removed) + len(way.rectifiers)
@@ -185,7 +200,7 @@ class Steering:
                 f"{len(self.removed)} of {self._remove} left: no further branch has a way around "
                 "it, or no rectifier can be replaced in place. "
             )
-        if rectifier_nodes(trace(self.model, self._example)):
+        if ways or rectifier_nodes(trace(self.model, self._example)):
             self._tracker = track(self.model, self._example)
         if self._leaving is not None and settings.moves:
             self._leaving.begin(self.model)

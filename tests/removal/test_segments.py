@@ -91,9 +91,9 @@ def test_easier_needs_a_place_for_the_identity() -> None:
 
 
 def test_the_rarer_side_of_a_gaussian() -> None:
-    norm = nn.BatchNorm2d(4)
+    norm = nn.BatchNorm2d(5)
     with torch.no_grad():
-        norm.weight.copy_(torch.tensor([1.0, -2.0, 0.5, 0.0]))
-        norm.bias.copy_(torch.tensor([0.0, 2.0, -1.0, 0.3]))
-    expected = torch.tensor([0.5, 0.158655, 0.022750, 0.0], dtype=torch.float64)
+        norm.weight.copy_(torch.tensor([1.0, -2.0, 0.5, 0.0, 0.0]))
+        norm.bias.copy_(torch.tensor([0.0, 2.0, -1.0, 0.3, 0.0]))
+    expected = torch.tensor([0.5, 0.158655, 0.022750, 0.0, 0.0], dtype=torch.float64)
     torch.testing.assert_close(minority(norm), expected, atol=1e-6, rtol=0)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +17,7 @@ from layer_collapse.graph import rectifier_nodes, trace
 from layer_collapse.models import build
 from layer_collapse.paper.measure import measure
 from layer_collapse.removal import REMOVALS, NotApplicable, Settings, Steering
+from layer_collapse.removal.choosing import lowest
 from layer_collapse.removal.continuous import Continuous
 
 from .settings import NETWORKS, Parallel, resnet
@@ -66,7 +72,7 @@ def test_scores_choose_by_what_they_say(score: str, expected: str) -> None:
     settings = Settings(score=score, forms=("constant",), start=0.5, end=0.5, moves=0)
 
     def loss(model: nn.Module) -> float:
-        return float(F.mse_loss(model(x), target))
+        return float(F.mse_loss(model(x), target).detach())
 
     steering = Steering(model, [x], x, loss, remove=1, settings=settings)
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
@@ -132,7 +138,7 @@ def test_a_branch_that_would_cut_the_network_stays_and_the_note_says_so() -> Non
 def test_what_has_no_way_around_leaves_by_becoming_linear() -> None:
     torch.manual_seed(0)
     x = torch.randn(50, 4)
-    outcome = _steer(Parallel(), x, 2, Settings(moves=3))
+    outcome = _steer(Parallel(), x, 2, Settings(forms=("constant", "linear"), moves=3))
     assert [one.kind for one in outcome.removed] == ["empty", "linearised"]
     assert outcome.note == ""
 
@@ -149,13 +155,42 @@ def test_a_run_that_ends_early_removes_what_is_on_its_way_and_says_so() -> None:
     assert "left as the run ended" in outcome.note
 
 
+def test_lazy_choice_measures_few_and_finds_the_cheapest() -> None:
+    calls: list[str] = []
+
+    class Fake:
+        def __init__(self, name: str) -> None:
+            self.rectifiers = (name,)
+
+        @contextmanager
+        def momentarily(self, model: nn.Module) -> Iterator[None]:
+            calls.append(self.rectifiers[0])
+            yield
+
+    now = {"a": 0.5, "b": 0.3, "c": 0.9, "d": 0.8}
+    costs = {("a",): 0.1, ("b",): 0.2, ("c",): 0.4, ("d",): 0.7}
+    ways: list[Any] = [Fake(name) for name in "dcba"]
+
+    def loss(model: nn.Module) -> float:
+        return 1.0 + (now[calls[-1]] if calls else 0.0)
+
+    best, _ = lowest("loss", ways, nn.Identity(), loss, {}, random.Random(0), costs)
+    assert best.rectifiers == ("b",)
+    assert calls == ["a", "b"]
+    assert costs[("a",)] == pytest.approx(0.5)
+    calls.clear()
+    best, _ = lowest("loss", ways, nn.Identity(), loss, {}, random.Random(0), {})
+    assert best.rectifiers == ("b",)
+    assert sorted(calls) == ["a", "b", "c", "d"]
+
+
 def test_random_order_is_that_of_the_seed() -> None:
     def order(seed: int) -> list[str]:
         torch.manual_seed(0)
-        model = build("resmlp", (1, 4, 4), 2, width=8, hidden=8, blocks=6)
+        model = build("resmlp", (1, 4, 4), 2, width=8, hidden=8, blocks=4)
         x = torch.randn(20, 1, 4, 4)
         settings = Settings(score="random", moves=0)
-        steering = Steering(model, [x], x, lambda m: 0.0, remove=5, settings=settings, seed=seed)
+        steering = Steering(model, [x], x, lambda m: 0.0, remove=3, settings=settings, seed=seed)
         for step in range(1, 21):
             model(x)
             steering(model, torch.optim.SGD(model.parameters(), 0.1), step, 20)
@@ -167,7 +202,7 @@ def test_random_order_is_that_of_the_seed() -> None:
 
 def test_drop_needs_a_branch() -> None:
     _, loop = resnet()
-    with pytest.raises(NotApplicable, match="no branch"):
+    with pytest.raises(NotApplicable, match="no further branch"):
         REMOVALS["drop"]().run(build("mlp", (1, 28, 28), 10), loop, 1, remove=1)
 
 
@@ -188,6 +223,16 @@ def test_bad_arguments_get_a_sentence(name: str) -> None:
         REMOVALS[name]().run(model, loop, 0, remove=1)
     with pytest.raises(ValueError, match="0 or more rectifiers"):
         REMOVALS[name]().run(model, loop, 1, remove=-1)
+
+
+def test_data_that_can_be_read_once_are_refused() -> None:
+    x = torch.randn(4, 4)
+    with pytest.raises(ValueError, match="iterated again"):
+        Steering(Parallel(), iter([x]), x, lambda m: 0.0, remove=1)
+
+
+def test_names_are_those_of_the_registry() -> None:
+    assert {name: make().name for name, make in REMOVALS.items()} == {n: n for n in REMOVALS}
 
 
 def test_settings_are_checked() -> None:
