@@ -351,6 +351,7 @@ def test_a_folded_network_can_be_measured_again() -> None:
     model = models.build("resnet", (1, 8, 8), 10, blocks=1).eval()
     x = torch.randn(8, 1, 8, 8)
     torch.nn.init.zeros_(model.get_parameter("stages.0.0.conv1.weight"))
+    torch.nn.init.ones_(model.get_parameter("stages.0.0.bn1.bias"))  # what is left is not zero
     report = lc.scan(model, [x], x)
     folded = lc.fold(lc.linearize(model, report, x).model, x, without=("batch norm",)).model
     assert any(isinstance(m, ConstantBias) for m in folded.modules())

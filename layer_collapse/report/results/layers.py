@@ -64,8 +64,7 @@ def entropy(name: str, network: dict[str, Any]) -> Figure:
         return _nothing("no entropy was measured")
     names = _names(arms)
     figure, panels = _panels(arms, len(names))
-    colours = mpl.colormaps["viridis"].copy()
-    colours.set_bad("#ffffff", alpha=0.0)
+    colours = mpl.colormaps["viridis"].with_extremes(bad=(1.0, 1.0, 1.0, 0.0))
     image = None
     for axes, found in zip(panels, arms.values(), strict=True):
         history = found["history"]
