@@ -59,8 +59,8 @@ class TrainingLoop:
     Cross-entropy under ``recipe``'s optimiser; the learning rate falls from ``recipe.lr`` to 0 by a
     cosine over each call of ``train``. Batches depend on ``seed`` and on how often ``train`` was
     called, so arms that train alike see the same batches. Parts of an epoch are rounded to steps so
-    that all calls together train what was asked for. ``tick`` hears after every step how many epochs
-    were trained, all calls together.
+    that all calls together train what was asked for. ``tick`` hears after every step how many
+    epochs were trained, all calls together.
     """
 
     training: Part
