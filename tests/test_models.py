@@ -107,7 +107,7 @@ def test_options_reach_the_network() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("vgg", {}, r"expected one of resmlp, mlp, vit, resnet \(got 'vgg'\)"),
+        ("lenet", {}, r"expected one of resmlp, mlp, vit, resnet, vgg \(got 'lenet'\)"),
         (
             "mlp",
             {"blocks": 3},
@@ -119,6 +119,8 @@ def test_options_reach_the_network() -> None:
         ("resmlp", {"activation": "tanh"}, r"activation relu or gelu \(got 'tanh'\)"),
         ("vit", {"patch": 5}, r"a patch that divides 28 x 28 pixels \(got 5\)"),
         ("vit", {"heads": 5}, r"a multiple of 5 heads \(got 64\)"),
+        ("vgg", {"widths": (4,) * 6}, r"at least 32 pixels a side for 6 stages \(got 28 x 28\)"),
+        ("vgg", {"widths": 16}, r"widths to be a list of sizes \(got 16\)"),
         ("resnet", {"widths": 16}, r"widths to be a list of sizes \(got 16\)"),
         ("resnet", {"widths": ()}, r"expected stages .* \(got 0\)"),
         ("resnet", {"widths": (16, 0)}, r"expected widths .* \(got 0\)"),

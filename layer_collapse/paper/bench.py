@@ -97,6 +97,5 @@ class Bench:
         sizes = Sizes(**cell.settings["sizes"])
         key = (cell.network, sizes)
         if key not in self._tasks:
-            self._tasks.clear()  # one task in memory is enough: a network's cells follow each other
             self._tasks[key] = NETWORKS[cell.network].task(self.data_root, sizes)
         return self._tasks[key]

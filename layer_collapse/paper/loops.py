@@ -58,7 +58,8 @@ class TrainingLoop:
 
     Cross-entropy under ``recipe``'s optimiser; the learning rate falls from ``recipe.lr`` to 0 by a
     cosine over each call of ``train``. Batches depend on ``seed`` and on how often ``train`` was
-    called, so arms that train alike see the same batches. ``tick`` hears after every step how many
+    called, so arms that train alike see the same batches. Parts of an epoch are rounded to steps so
+    that all calls together train what was asked for. ``tick`` hears after every step how many
     epochs were trained, all calls together.
     """
 
@@ -69,6 +70,7 @@ class TrainingLoop:
     report: Callable[[str], None] = _silent
     tick: Callable[[float], None] = _silent
     epochs_done: float = field(default=0.0, init=False)
+    _asked: float = field(default=0.0, init=False, repr=False)
     _calls: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -113,7 +115,8 @@ class TrainingLoop:
         if not 0 <= epochs < math.inf:
             raise ValueError(f"expected a finite number of epochs, 0 or more (got {epochs})")
         recipe, per_epoch = self.recipe, math.ceil(len(self.training) / self.recipe.batch)
-        total = round(epochs * per_epoch)
+        self._asked += epochs
+        total = round(self._asked * per_epoch) - round(self.epochs_done * per_epoch)
         self._calls += 1
         if not total:
             return

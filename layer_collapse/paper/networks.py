@@ -171,7 +171,7 @@ def _encoder(
         about,
         partial(_sentences, load=load),
         Recipe("adamw", lr=1e-4, weight_decay=0.01, batch=16),
-        Sizes(480, 300, 500, tokens),
+        Sizes(400, 300, 400, tokens),
     )
 
 

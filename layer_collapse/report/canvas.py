@@ -132,6 +132,7 @@ def render_all(draw: Callable[[], Figure], dark: bool = True) -> dict[str, bytes
         figure = draw()
         options: dict[str, Any] = {"format": "png", "dpi": 200, "metadata": {"Software": None}}
         figure.savefig(png, facecolor="white", **options)
+        figure.set_layout_engine("none")  # it is laid out now, and that takes most of the time
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
         if dark:
             _darken(figure)

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import layer_collapse as lc
 from layer_collapse import models
 from layer_collapse.graph import TraceError, trace
 from layer_collapse.measure.sites import Site, empty_feeding, find_sites
+from layer_collapse.reduce.gate import ConstantBias
 
 B, T = 2, 5  # samples and tokens: no number of channels below equals them
 
@@ -343,3 +345,16 @@ def test_empty_means_that_every_feeding_weight_is_zero() -> None:
     with torch.no_grad():
         model.linear.weight[3, 2] = -1e-30
     assert not empty_feeding(model, [first])[0]
+
+
+def test_a_folded_network_can_be_measured_again() -> None:
+    model = models.build("resnet", (1, 8, 8), 10, blocks=1).eval()
+    x = torch.randn(8, 1, 8, 8)
+    torch.nn.init.zeros_(model.get_parameter("stages.0.0.conv1.weight"))
+    torch.nn.init.ones_(model.get_parameter("stages.0.0.bn1.bias"))  # what is left is not zero
+    report = lc.scan(model, [x], x)
+    folded = lc.fold(lc.linearize(model, report, x).model, x, without=("batch norm",)).model
+    assert any(isinstance(m, ConstantBias) for m in folded.modules())
+    sites = {site.name: site for site in find_sites(trace(folded, x))}
+    assert sites["stages.0.0.act2"].neurons == 16
+    assert not sites["stages.0.0.act2"].candidate

@@ -28,6 +28,15 @@ def test_watch_sees_every_step_of_a_fraction_of_epochs() -> None:
     assert seen == [(step, 10) for step in range(1, 11)]  # 4 batches an epoch
 
 
+def test_parts_of_an_epoch_add_up_to_the_whole() -> None:
+    steps: list[int] = []
+    loop = _loop()
+    for _ in range(5):
+        loop.train(_model(), 0.3, watch=lambda m, o, step, total: steps.append(total))
+    assert len(steps) == 6  # 1.5 epochs of 4 steps
+    assert loop.epochs_done == 1.5
+
+
 def test_training_learns_and_repeats_itself_bit_for_bit() -> None:
     first, second = _model(), _model()
     loop = _loop()

@@ -24,6 +24,7 @@ STYLES = {
     "shallow": ("#8a63d2", "P"),
     "dense": ("#7b8794", "*"),
 }
+_DODGE = 0.05  # rectifiers by which arms stand beside each other, so that none hides another
 _OTHERS = ("v", "<", ">", "X", "h", "p", "d", "8")
 _OTHER = "#8a7a5c"
 
@@ -37,13 +38,14 @@ def _frontier(axes: Axes, network: dict[str, Any]) -> None:
     rows = [row for row in network["rows"] if row["arm"] in STYLES or "off" in row]
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     others = [arm for arm in arms if arm not in STYLES]
-    for arm in sorted(arms, key=lambda a: (a not in STYLES, arms.index(a))):
+    for number, arm in enumerate(arms):
+        aside = _DODGE * (number - (len(arms) - 1) / 2)
         colour, marker = _style(arm, others)
         own = sorted((r for r in rows if r["arm"] == arm and "off" in r), key=_off)
         cut = [row["asked"] for row in rows if row["arm"] == arm and row["cut"]]
         if own:
             axes.errorbar(
-                [_off(row) for row in own],
+                [_off(row) + aside for row in own],
                 [row["test_accuracy"]["mean"] for row in own],
                 yerr=[row["test_accuracy"]["deviation"] or 0.0 for row in own],
                 xerr=[row["off"]["deviation"] or 0.0 for row in own],

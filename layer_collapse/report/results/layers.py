@@ -14,6 +14,7 @@ from ..canvas import INK, new_axes, printable, say_nothing, style_axes
 __all__ = ["correlation", "entropy", "gates", "sparsity"]
 
 _SHOWN = ("dense", "continuous", "drop", "entropy", "magnitude")
+_ON_COLOUR = "#f6f8fa"  # on light pages and dark ones: what lies below is dark
 _STATES = {
     "mixed": ("switches", "#2f7fd8", ""),
     "on": ("always on", "#9cc3ec", "//"),
@@ -63,8 +64,7 @@ def entropy(name: str, network: dict[str, Any]) -> Figure:
         return _nothing("no entropy was measured")
     names = _names(arms)
     figure, panels = _panels(arms, len(names))
-    colours = mpl.colormaps["viridis"].copy()
-    colours.set_bad("#ffffff", alpha=0.0)
+    colours = mpl.colormaps["viridis"].with_extremes(bad=(1.0, 1.0, 1.0, 0.0))
     image = None
     for axes, found in zip(panels, arms.values(), strict=True):
         history = found["history"]
@@ -79,7 +79,7 @@ def entropy(name: str, network: dict[str, Any]) -> Figure:
         )
         zero = np.argwhere(values == 0.0)
         middles = (edges[1:] + edges[:-1]) / 2
-        axes.plot(middles[zero[:, 1]], zero[:, 0], "x", color="#ffffff", markersize=3, mew=0.8)
+        axes.plot(middles[zero[:, 1]], zero[:, 0], "x", color=_ON_COLOUR, markersize=3, mew=0.8)
         axes.grid(False)
         axes.set_xlabel("epoch")
     _name_layers(panels, names)
@@ -105,7 +105,7 @@ def sparsity(name: str, network: dict[str, Any]) -> Figure:
             if np.isfinite(value):
                 axes.barh(y, 100 * value, 0.7, color="#2f7fd8")
                 if value == 1.0:
-                    axes.text(98, y, "empty", ha="right", va="center", fontsize=6, color="#ffffff")
+                    axes.text(98, y, "empty", ha="right", va="center", fontsize=6, color=_ON_COLOUR)
         axes.set_xlim(0, 100)
         axes.grid(False, axis="y")
         axes.set_xlabel("zero weights (%)")

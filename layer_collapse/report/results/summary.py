@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from scipy.stats import spearmanr
+import numpy as np
+import numpy.typing as npt
 
 from ...paper.cells import Cell, rectifiers_off
 from ...paper.networks import NETWORKS, Sizes
@@ -122,5 +122,11 @@ def _correlation(group: list[dict[str, Any]]) -> dict[str, Any] | None:
     ]
     if len({s for s, _ in pairs}) < 2 or len({h for _, h in pairs}) < 2:
         return None  # nothing was pruned, or nothing changed
-    rho = float(spearmanr([s for s, _ in pairs], [h for _, h in pairs]).statistic)
-    return None if math.isnan(rho) else {"rho": rho, "points": len(pairs)}
+    sparsity, entropy = (_ranks(np.array(values)) for values in zip(*pairs, strict=True))
+    return {"rho": float(np.corrcoef(sparsity, entropy)[0, 1]), "points": len(pairs)}
+
+
+def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Ranks from 1; equal values share the mean of theirs."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]

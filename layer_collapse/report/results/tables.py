@@ -29,7 +29,7 @@ _HEAD = (
 
 def page(content: dict[str, Any]) -> str:
     """All networks: their figures and tables, and what entropy has to do with sparsity."""
-    parts = [_opening(content), _correlations(content["networks"])]
+    parts = [_opening(content), _within(content["networks"]), _correlations(content["networks"])]
     parts += [_network(name, network) for name, network in content["networks"].items()]
     return "\n\n".join(parts)
 
@@ -48,6 +48,41 @@ def _opening(content: dict[str, Any]) -> str:
         "depends on its input is *cut*: its layers do not count as removed.\n\n"
         "![accuracy against rectifiers removed, all networks](frontier.svg)"
     )
+
+
+_POINT = 1.0  # percentage points of accuracy
+
+
+def _within(networks: dict[str, Any]) -> str:
+    """The most rectifiers that each arm removes at nearly the dense network's accuracy."""
+    arms = ("continuous", "drop", "entropy", "magnitude", "shallow")
+    rows = []
+    for name, network in networks.items():
+        dense = _dense(network["rows"])
+        if dense is not None:
+            rows.append([name, *(_most(network["rows"], arm, dense) for arm in arms)])
+    return (
+        "## Most rectifiers gone within a point of the dense network\n\n"
+        f"Mean number gone from the folded network, of the rows below whose mean test accuracy is "
+        f"at most {_POINT:g} point under the dense network's, all trained for as many epochs; its "
+        "accuracy relative to dense. 0: no such row.\n\n" + table(("network", *arms), rows)
+    )
+
+
+def _dense(rows: list[dict[str, Any]]) -> float | None:
+    found = [row["test_accuracy"]["mean"] for row in rows if row["arm"] == "dense" and "off" in row]
+    return found[0] if found else None
+
+
+def _most(rows: list[dict[str, Any]], arm: str, dense: float) -> str:
+    own = [row for row in rows if row["arm"] == arm and "off" in row]
+    near = [row for row in own if row["test_accuracy"]["mean"] >= dense - _POINT]
+    if not own:
+        return "n/a"
+    if not near:
+        return "0"
+    best = max(near, key=lambda row: row["off"]["mean"])
+    return f"{best['off']['mean']:.3g} ({best['test_accuracy']['mean'] - dense:+.1f})"
 
 
 def _correlations(networks: dict[str, Any]) -> str:

@@ -1,0 +1,83 @@
+"""Cells become rows: numbers worked out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from layer_collapse.paper.cells import Cell
+from layer_collapse.report.results.summary import _ranks, summary
+
+SETTINGS = {"epochs": 8, "sizes": {"training": 10, "validation": 5, "test": 7, "side": 28}}
+
+
+def _cell(arm: str, remove: int, seed: int) -> Cell:
+    return Cell("resnet20", arm, remove, seed, SETTINGS)
+
+
+def _result(left: int, accuracy: float, **more: Any) -> dict[str, Any]:
+    size = {"depth": 20, "parameters": 100, "rectifiers": left, "macs": 1000}
+    return {
+        "network": {"depth": 20, "parameters": 200, "rectifiers": 19, "macs": 2000},
+        "cut": "",
+        "note": "",
+        "removed": [{"name": "a", "kind": "constant", "epoch": 1.0}],
+        "zero": {"a": "empty", "b": "one-sided"},
+        "layers": [],
+        "entropy_history": [],
+        "validation_accuracy": accuracy + 1,
+        "test_accuracy": accuracy,
+        "changed_predictions": 0,
+        "rectifiers_left": left,
+        "after": size,
+        "proof": {"max_rel": 1e-7},
+        "latency_ms": {"1": {"before": 4.0, "after": 2.0}, "64": {"before": 8.0, "after": 6.0}},
+        "cpu_seconds": 30.0,
+        **more,
+    }
+
+
+def test_rows_are_means_over_the_seeds_of_what_is_whole() -> None:
+    cut = {"network": {"rectifiers": 19}, "cut": "all equal", "note": "", "cpu_seconds": 30.0}
+    found = summary(
+        [
+            (_cell("drop", 3, 0), _result(16, 80.0)),
+            (_cell("drop", 3, 1), _result(15, 84.0)),
+            (_cell("drop", 3, 2), cut),
+            (_cell("tlc", 3, 0), {"n/a": "no batch norm"}),
+        ]
+    )["resnet20"]
+    drop, tlc = found["rows"]
+    assert drop["off"]["mean"] == 3.5
+    assert drop["off"]["values"] == [3, 4]
+    assert drop["test_accuracy"]["mean"] == 82.0
+    assert drop["test_accuracy"]["deviation"] == pytest.approx(8**0.5)
+    assert (drop["seeds"], drop["cut"]) == (3, 1)
+    assert (drop["empty"], drop["one_sided"], drop["kinds"]) == (1, 1, {"constant": 1})
+    assert drop["latency"]["1"]["ratio"]["mean"] == 0.5
+    assert drop["latency"]["64"]["ratio"]["mean"] == 0.75
+    assert tlc["not_applicable"] == "no batch norm"
+    assert "off" not in tlc
+    assert found["cpu_minutes"] == 1.5
+    assert "10 samples to train on" in found["about"]
+
+
+def test_ranks_share_ties_as_scipy_does() -> None:
+    generator = np.random.default_rng(0)
+    x, y = generator.integers(0, 5, 50).astype(float), generator.integers(0, 9, 50).astype(float)
+    ours = np.corrcoef(_ranks(x), _ranks(y))[0, 1]
+    assert ours == pytest.approx(spearmanr(x, y).statistic, abs=1e-12)
+
+
+def test_the_correlation_takes_every_layer_and_measurement() -> None:
+    history = [
+        {"rectifiers": {"a": {"H": 0.9, "sparsity": 0.0}, "b": {"H": 0.8, "sparsity": 0.5}}},
+        {"rectifiers": {"a": {"H": 0.0, "sparsity": 1.0}, "b": {"H": None, "sparsity": 0.2}}},
+    ]
+    found = summary([(_cell("magnitude", 3, 0), _result(16, 80.0, entropy_history=history))])
+    assert found["resnet20"]["correlation"]["magnitude"] == {"rho": -1.0, "points": 3}
+    still = summary([(_cell("dense", 0, 0), _result(19, 80.0, entropy_history=history[:0]))])
+    assert still["resnet20"]["correlation"]["dense"] is None
