@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -218,7 +219,10 @@ def _apply_rules(work: Work, without: Collection[str]) -> tuple[list[Fold], list
         for name, rule in rules.RULES.items():
             if name in without:
                 continue
-            for node in list(work.module.graph.nodes):
+            nodes = list(work.module.graph.nodes)
+            if name in rules.FIRST:
+                nodes.sort(key=partial(rules.FIRST[name], work))
+            for node in nodes:
                 if node.op == "placeholder" or node._erased:
                     continue
                 place = str(node.target) if node.op == "call_module" else node.name
