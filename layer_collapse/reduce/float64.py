@@ -33,6 +33,18 @@ def widened(value: Any) -> Any:
     return tree_map(lambda leaf: wide(leaf) if isinstance(leaf, Tensor) else leaf, value)
 
 
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a module is one of torch's quantised ones, which take float32 alone."""
+    return ".quantized." in type(module).__module__
+
+
+def _narrowed(value: Any) -> Any:
+    def narrow(leaf: Any) -> Any:
+        return leaf.float() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return tree_map(narrow, value)
+
+
 def call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Any:
     """``module(*args, **kwargs)`` as if it were float64; nothing of that is left behind.
 
@@ -41,6 +53,8 @@ def call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | Non
             rows, a plain Embedding looks up first and widens then.
     """
     kwargs = kwargs or {}
+    if is_quantised(module):
+        return widened(module(*_narrowed(args), **_narrowed(kwargs)))
     held = tensors(module)
     lower = {n: t for n, t in held.items() if t.is_floating_point() and t.dtype != torch.float64}
     if not lower:
@@ -48,9 +62,11 @@ def call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | Non
     plain = not (module._forward_hooks or module._forward_pre_hooks or kwargs)
     if plain and type(module) is nn.Embedding and module.max_norm is None:
         return wide(module(*args))
-    if plain and type(module) is nn.Linear and module.weight.numel() > BLOCK:
+    weight = held.get("weight")
+    large = plain and weight is not None and weight.numel() > BLOCK
+    if large and type(module) is nn.Linear:
         return _linear(args[0], module.weight, module.bias)
-    if plain and type(module) in _CONV and module.weight.numel() > BLOCK and module.groups == 1:
+    if large and type(module) in _CONV and module.groups == 1:
         return _convolution(args[0], module)
     values = {name: wide(tensor) for name, tensor in lower.items()}
     return functional_call(module, values, tuple(args), dict(kwargs))

@@ -291,19 +291,20 @@ def constant_rows(module: nn.Module, live: Tensor | None = None) -> Tensor:
         live: [in] bool, columns that count; by default all of them.
     """
     weight = stored_weight(module)
-    found = []
+    found = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
     for rows in blocks(weight):  # torch reduces through bools, of a large weight too many at once
         used = weight[rows].flatten(2).any(dim=2) if weight.ndim > 2 else weight[rows] != 0
         if live is not None:
             used = used & _per_row(live.to(weight.device), module)[rows]
-        found.append(~used.any(dim=1))
-    return torch.cat(found)
+        found[rows] = ~used.any(dim=1)
+    return found
 
 
 def unread(module: nn.Module) -> Tensor:
     """[in] bool: columns of a Linear or Conv that are zero."""
     weight, groups = stored_weight(module), int(getattr(module, "groups", 1))
-    per_group = weight.reshape(groups, -1, weight.shape[1], math.prod(weight.shape[2:]))
+    shape = len(weight) // groups, weight.shape[1], math.prod(weight.shape[2:])
+    per_group = weight.reshape(groups, *shape)
     if groups > 1:
         return ~per_group.any(dim=1).any(dim=2).flatten()
     used = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
