@@ -95,6 +95,9 @@ class Rounds:
         """Goes on from :meth:`tensors`, before :meth:`start` or after it.
 
         After it the model must have its weights back, as pruned ones are set to zero then.
+
+        Raises:
+            ValueError: they are of another model.
         """
         self._saved = dict(tensors)
         self._restore()
@@ -102,9 +105,16 @@ class Rounds:
     def _restore(self) -> None:
         if not self._saved or not self._started or self.tracker is None:
             return
-        self.masks.load_words(without_prefix("masks/", self._saved))
-        if _everyone() is None or dist.get_rank() == 0:  # one process has the sum, others none
-            self.tracker.load_state_dict(without_prefix("counts/", self._saved))
+        masks = without_prefix("masks/", self._saved)
+        if odd := sorted(set(masks) ^ set(self.masks.names)):
+            raise ValueError(
+                "the checkpoint's masks belong to another model: parameters differ "
+                f"({odd[0]!r:.80}); resume with the model that it was saved from"
+            )
+        self.tracker.load_state_dict(without_prefix("counts/", self._saved))
+        if _everyone() is not None and dist.get_rank() != 0:
+            self.tracker.reset()  # one process has the sum, the others none
+        self.masks.load_words(masks)
 
 
 def _everyone() -> Group:
