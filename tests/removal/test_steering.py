@@ -115,8 +115,10 @@ def test_in_a_loop_of_ones_own_optimizer_and_schedule_stay() -> None:
 def _steer(
     model: nn.Module, x: torch.Tensor, remove: int, settings: Settings
 ) -> lc.removal.Outcome:
-    steering = Steering(model, [x], x, lambda m: float(m(x).square().mean()), remove=remove,
-                        settings=settings)  # fmt: skip
+    def loss(model: nn.Module) -> float:
+        return float(model(x).detach().square().mean())
+
+    steering = Steering(model, [x], x, loss, remove=remove, settings=settings)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     for step in range(1, 21):
         optimizer.zero_grad()
