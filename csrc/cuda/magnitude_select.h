@@ -21,7 +21,7 @@ struct Selection {
   int64_t* histograms;    // [groups][2049]
   const int64_t* wanted;  // [groups] how many to select
   int64_t* info;          // [groups][3], see magnitude_arguments.h; written with the first digit
-  int threads;            // of a block, a multiple of 32 up to 256
+  int threads;            // of a block, a power of two from 32 to 256
   void* stream = nullptr;
 
   int64_t groups() const { return one_group ? 1 : static_cast<int64_t>(list.size()); }

@@ -73,7 +73,7 @@ struct RectifyArguments {
   const T* x;
   T* y;                  // may be x
   int64_t* ledger;       // nullptr: do not count (a replay under activation checkpointing)
-  const uint8_t* valid;  // [outer * inner] 0 or 1, in the order of x's storage; or nullptr
+  const uint8_t* valid;  // [outer * inner] in the order of x's storage, true if not 0; or nullptr
   const T* slopes;       // [C] of a PReLU; or nullptr: `slope` for all
   double slope;
   int64_t outer, channels, inner;

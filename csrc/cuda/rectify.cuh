@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     for (int j = lane; j < length - (tail - head); j += a.lanes) {
       const int place = j < head ? j : j + (tail - head);
       Single single = Single::load(x + place);
-      const uint32_t keep = valid ? valid[place] : 1;
+      const uint32_t keep = !valid || valid[place] != 0;
       seen += static_cast<int32_t>(keep);
       visit(single, (0U - keep) & Single::kLanes);
       if constexpr (Rectifier::kWrites) single.store(y + place);
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   }
   LC_NO_UNROLL
   for (; row < last; row += a.step) {
-    const uint32_t keep = a.valid ? a.valid[begin + row] : 1;
+    const uint32_t keep = !a.valid || a.valid[begin + row] != 0;
     seen += static_cast<int32_t>(keep);
     Values values = Values::load(source);
     visit(values, (0U - keep) & Values::kLanes);
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     count_positions(int64_t* ledger, const uint8_t* valid, int64_t positions) {
   int64_t seen[1] = {0};
-  for (int64_t i = threadIdx.x; i < positions; i += blockDim.x) seen[0] += valid ? valid[i] : 1;
+  for (int64_t i = threadIdx.x; i < positions; i += blockDim.x) seen[0] += !valid || valid[i] != 0;
   block_sums(seen);
   if (threadIdx.x == 0 && (ledger[kFlags] & kCount) != 0) add_to(ledger + kPositions, seen[0]);
 }

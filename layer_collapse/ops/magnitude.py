@@ -113,8 +113,10 @@ def magnitude_prune_ex_(
         ``check_selection("magnitude_prune_", info)``; no mask has changed if it refuses any.
 
     Raises:
-        RuntimeError: an empty mask, or a tensor of wrong dtype or size.
+        RuntimeError: no weights, an empty mask, or a tensor of wrong dtype or size.
     """
+    if not weights:
+        raise RuntimeError("magnitude_prune_: weights must hold at least one tensor (got none)")
     info: Tensor
     if isinstance(counts, Tensor):
         info = torch.ops.layer_collapse.magnitude_prune_.on_device(weights, masks, counts)

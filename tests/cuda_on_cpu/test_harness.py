@@ -50,6 +50,11 @@ def test_nothing_is_caught_where_nothing_is_planted(how: str) -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
+def test_places_beyond_32_bits() -> None:
+    result = run(build.program(build.HERE / "large.cpp", *build.ADDRESS, *build.SHARED))
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_no_kernel_has_a_race() -> None:
     result = run(build.program(build.HERE / "races.cpp", *build.THREAD))
     assert (result.returncode, result.stderr) == (0, "")

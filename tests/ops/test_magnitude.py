@@ -12,10 +12,8 @@ from hypothesis import strategies as st
 from layer_collapse import _C
 from layer_collapse.ops.magnitude import (
     magnitude_prune_,
-    magnitude_prune_ex_,
     magnitude_prune_reference,
     magnitude_shares,
-    magnitude_shares_ex,
     magnitude_shares_reference,
 )
 from layer_collapse.ops.magnitude_digits import (
