@@ -63,33 +63,40 @@ struct TensorNames {
   int64_t number[SelectTable::kTensors];
 };
 
-// visit(key, weight) for the alive weights of words begin .. end of a tensor.
+// visit(key) for the alive weights of words begin .. end of a tensor.
 template <typename Key, typename T, typename Visit>
 __device__ __forceinline__ void visit_alive(const T* data, const uint32_t* words, int64_t numel,
                                             int64_t begin, int64_t end, const Visit& visit) {
-  const auto visit_vector = [&]<int kValues>(uint32_t word, int64_t place) {
-    constexpr uint32_t kShare = kValues == kWordBits ? ~0U : (1U << kValues) - 1;
-    const uint32_t alive = word >> place % kWordBits & kShare;
-    if (alive == 0) return;  // touches no weight
-    Vector<T, kValues> values{};
-    if constexpr (kValues == 1) {
-      values = Vector<T, 1>::load(data + place);
-    } else {  // one access: a plain load would be split into one per alive weight
-      values = bits_as<Vector<T, kValues>>(__ldcg(reinterpret_cast<const uint4*>(data + place)));
-    }
-    LC_UNROLL
-    for (int i = 0; i < kValues; ++i) {
-      if ((alive >> i & 1) != 0) visit(key_of<Key, T>(values.get(i)), place + i);
-    }
-  };
+  constexpr int kValues = kVectorValues<T>, kShare = kWordBits / kValues;  // threads per word
+  constexpr int kAhead = 2;  // vectors on their way at a time
   const bool aligned = reinterpret_cast<uintptr_t>(data) % sizeof(uint4) == 0;
   const int64_t last = end * kWordBits < numel ? end : numel / kWordBits;
   const int64_t whole = aligned && last > begin ? last : begin;
-  walk_words<kVectorValues<T>>(words, numel, begin, whole, [&](uint32_t word, int64_t place) {
-    visit_vector.template operator()<kVectorValues<T>>(word, place);
-  });
+  const int shift = static_cast<int>(threadIdx.x % kShare) * kValues;
+  const int64_t stride = blockDim.x / kShare;
+  LC_NO_UNROLL
+  for (int64_t number = begin + threadIdx.x / kShare; number < whole; number += kAhead * stride) {
+    uint32_t alive[kAhead];
+    Vector<T, kValues> values[kAhead];
+    LC_UNROLL
+    for (int b = 0; b < kAhead; ++b) {
+      const int64_t own = number + b * stride;
+      alive[b] = own < whole ? word_of(words, own, numel) >> shift & ((1U << kValues) - 1) : 0;
+      if (alive[b] == 0) continue;  // touches no weight
+      // one access: a plain load would be split into one per alive weight
+      const T* place = data + own * kWordBits + shift;
+      values[b] = bits_as<Vector<T, kValues>>(__ldcg(reinterpret_cast<const uint4*>(place)));
+    }
+    LC_UNROLL
+    for (int b = 0; b < kAhead; ++b) {
+      LC_UNROLL
+      for (int i = 0; i < kValues; ++i) {
+        if ((alive[b] >> i & 1) != 0) visit(key_of<Key, T>(values[b].get(i)));
+      }
+    }
+  }
   walk_words<1>(words, numel, whole, end, [&](uint32_t word, int64_t place) {
-    visit_vector.template operator()<1>(word, place);
+    if ((word >> place % kWordBits & 1) != 0) visit(key_of<Key, T>(widen(data[place])));
   });
 }
 
@@ -114,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const Key mask = (Key{1} << (digit.high - digit.low)) - 1;
   int32_t nans = 0;
   visit_alive<Key>(static_cast<const T*>(table.data[tensor][0]), table.words[tensor],
-                   table.numel[tensor], begin, end, [&](Key key, int64_t) {
+                   table.numel[tensor], begin, end, [&](Key key) {
                      if (key >> digit.high == prefix) {
                        nans += key > infinity<Key>();
                        atomicAdd(&buckets[static_cast<int>(key >> digit.low & mask)], 1);

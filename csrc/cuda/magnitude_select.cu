@@ -50,9 +50,12 @@ int64_t* failures_of(const Selection& selection) {
   return selection.cuts + selection.groups() * cut_words();
 }
 
+// Blocks of a histogram: each ends with an atomic per bucket that it has found.
+constexpr int64_t kHistogramBlocks = 384;
+
 // start(table with groups, indices, blocks, type) over the list, by dtype and key.
 template <typename Start>
-int for_each_kind(const Selection& selection, const Start& start) {
+int for_each_kind(const Selection& selection, const Start& start, int64_t most = kTableBlocks) {
   const auto over = [&]<typename T, typename Key>(Dtype dtype, bool wide) {
     if (wide != selection.wide) return 0;
     return for_each_table<kSelectData>(
@@ -62,7 +65,8 @@ int for_each_kind(const Selection& selection, const Start& start) {
             table.group[j] = selection.one_group ? 0 : static_cast<int64_t>(indices[j]);
           }
           return start.template operator()<T, Key>(table, indices, blocks);
-        });
+        },
+        most);
   };
   int error = over.template operator()<double, uint64_t>(Dtype::float64, true);
   if (!error) error = over.template operator()<float, uint64_t>(Dtype::float32, true);
@@ -120,11 +124,13 @@ int begin_at(const Selection& s, const int64_t* prefix) {
 
 int launch_histogram(const Selection& s, int digit) {
   return for_each_kind(
-      s, [&]<typename T, typename Key>(const SelectTable& table, const std::vector<size_t>& indices,
-                                       int64_t blocks) {
+      s,
+      [&]<typename T, typename Key>(const SelectTable& table, const std::vector<size_t>& indices,
+                                    int64_t blocks) {
         return launch(histogram_kernel<T, Key>, blocks, s.threads, s.stream, table,
                       names_of(indices), cuts_of(s), digit_of(s, digit), s.histograms);
-      });
+      },
+      kHistogramBlocks);
 }
 
 int launch_choose(const Selection& s, int digit) {
