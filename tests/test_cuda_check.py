@@ -32,7 +32,7 @@ def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 #: What makes the host wait for a device, copies to it, or cannot be captured in a graph.
 WAITS = re.compile(
     r"Synchronize|cudaMemcpy|cudaMemset|cudaMalloc|cudaFree|EventQuery|StreamQuery"
-    r"|stable::to\\(|\\.item\\b|aten::item|_local_scalar"
+    r"|stable::to\(|\.item\b|aten::item|_local_scalar"
 )
 
 

@@ -29,8 +29,7 @@ def test_no_counter_overflows(kernels: Kernels, dtype: torch.dtype, value: float
     """Every value adds to the same counter of its thread; a pair of halves has 16 bits for each."""
     kernels.run_as((0, 32))  # few threads, so that each counts much
     for shape in ((1, 1, 300_007), (40_000, 2, 3), (70_000, 8), (70_000, 3)):
-        for kind in (KINDS["relu"], KINDS["relu6"], KINDS["hardswish"]):
-            check(kernels, kind, torch.full(shape, value, dtype=dtype), 1)
+        check(kernels, KINDS["relu6"], torch.full(shape, value, dtype=dtype), 1)
 
 
 def misaligned(tensor: Tensor) -> Tensor:
