@@ -16,9 +16,10 @@ from layer_collapse.ops.rectify import new_ledger
 
 @pytest.mark.parametrize("shape", [(4, 6, 5), (4, 6), (4, 0)], ids=str)
 def test_a_bool_of_any_byte_is_true(kernels: Kernels, shape: tuple[int, ...]) -> None:
-    valid = torch.tensor([0, 2, 1, 255], dtype=torch.uint8).view(torch.bool)
+    bytes_ = torch.tensor([0, 2, 1, 255], dtype=torch.uint8)
     if len(shape) == 3:
-        valid = valid[:, None].expand(4, 5).contiguous()
+        bytes_ = bytes_[:, None].expand(4, 5).contiguous()  # of bools this would make ones
+    valid = bytes_.view(torch.bool)
     kernels.run_as(GEOMETRIES[1])
     check(kernels, KINDS["relu6"], torch.full(shape, 7.0), 1, valid)
 

@@ -111,7 +111,9 @@ def test_alignments_and_tails(kernels: Kernels, kind: Kind, geometry: tuple[int,
 def test_large(kernels: Kernels, dtype: torch.dtype) -> None:
     """More than a segment, several blocks per channel, many channels."""
     for geometry, shape in zip(
-        GEOMETRIES, ((1, 2, 70001), (700, 2, 49), (2, 1030, 3), (2, 2, 32768)), strict=True
+        GEOMETRIES,
+        ((1, 2, 70001), (700, 2, 49), (2, 1030, 3), (2, 2, 32768), (2, 3, 9001)),
+        strict=True,
     ):
         kernels.run_as(geometry)
         check(kernels, KINDS["relu"], sample(*shape, dtype=dtype), 1)
