@@ -477,6 +477,12 @@ def test_forwards_that_count_their_samples_take_as_many_only(tmp_path: Path) -> 
 # One sentence each
 
 
+def test_nested_inputs_are_refused() -> None:
+    model = mlp(lambda s, xs: s.b(s.g(s.a(xs[0]))) + (xs[1] if xs[1].sum() > 0 else 0))
+    with pytest.raises(TraceError, match="inputs hold a list or a mapping; pass tensors one by"):
+        fold(model, [vectors(3, 3)[0] + vectors(3)[0]])
+
+
 def test_values_that_are_not_finite_and_scripted_modules() -> None:
     model = nn.Sequential(L(4, 6), gate(6), L(6, 3))
     with torch.no_grad():
