@@ -12,18 +12,12 @@ from ..border import Border, best_border, border
 from ..convolutions import ZEROS, Geometry, composed, geometry_of, merged
 from ..float64 import call
 from ..gate import ConstantBias, smallest_form
-from ..layers import (
-    CONV,
-    bias_of,
-    is_constant,
-    scaled_columns,
-    spatial_dims,
-    with_tensors,
-)
+from ..layers import CONV, bias_of, scaled_columns, spatial_dims, with_tensors
 from ..proof import Call
 from ..ring import RingConv
 from ..walk import above, free_path, passes_through, read_elsewhere
 from ..work import Plan, Refused, Work
+from ..zeros import is_constant
 
 _POOLS = {
     "max pooling": (
