@@ -133,7 +133,7 @@ _BLOCK_NAMES = {
 }
 
 
-def _our_name(key: str) -> str | None:
+def our_name(key: str) -> str | None:
     """The name in :class:`Encoder` of one of BertModel's tensors; None for what it has not."""
     path, _, tensor = key.rpartition(".")
     if path in _NAMES:
@@ -156,7 +156,7 @@ def minilm(classes: int = 0, activation: str = "gelu") -> Encoder:
     """
     model = Encoder(classes, activation=activation)
     theirs = load_file(assets.fetch("minilm") / "weights.safetensors")
-    ours = {name: value for key, value in theirs.items() if (name := _our_name(key)) is not None}
+    ours = {name: value for key, value in theirs.items() if (name := our_name(key)) is not None}
     missing, unexpected = model.load_state_dict(ours, strict=False)
     assert not unexpected, unexpected
     assert all(name.startswith("head.") for name in missing), missing

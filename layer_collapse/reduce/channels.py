@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from .layers import CONV, unread
+from .layers import CONV
 from .layouts import Layouts
 from .uniform import Layout
 from .work import Work
+from .zeros import unread
 
 
 @dataclass

@@ -62,8 +62,8 @@ def fold(
     Rules, composed in float64 and stored in the model's dtypes (Liao, Quétu, Nguyen, Tartaglione,
     "Layer Collapse Can be Induced by Unstructured Pruning", TMLR 2026):
 
-    * BatchNorm and :class:`~layer_collapse.reduce.gate.AffineGate` into the layer before (or,
-      gates, behind) them: W' = diag(a) W, b' = a b + c;
+    * BatchNorm and :class:`~layer_collapse.reduce.gate.AffineGate` into the layer before them, or
+      behind them where that is the smaller of two Linear: W' = diag(a) W, b' = a b + c;
     * neurons without weights: their row and the column that reads them leave;
     * two linear layers in a row: W = W2 W1, b = W2 b1 + b2;
     * two convolutions in a row, wherever no padding between them makes that inexact;

@@ -17,10 +17,11 @@ from ..graph import BATCH_NORM, carries_data, shape_of
 from . import passing
 from .gate import AffineGate, ConstantBias
 from .holdings import writes_into
-from .layers import CONV, channel_dim, constant_rows, stored_weight
+from .layers import CONV, channel_dim, stored_weight
 from .uniform import Constants, Layout
 from .walk import factors, summands
 from .work import Work
+from .zeros import constant_rows
 
 
 class Layouts:

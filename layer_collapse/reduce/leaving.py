@@ -8,9 +8,10 @@ from torch import Tensor, fx, nn
 from .channels import Channels
 from .float64 import call
 from .gate import smallest_form
-from .layers import CONV, past_borders, per_channel, unread, with_tensors
+from .layers import CONV, past_borders, per_channel, with_tensors
 from .uniform import Layout
 from .work import Work
+from .zeros import unread
 
 
 class Leaving:

@@ -15,10 +15,11 @@ from torch import Tensor, fx, nn
 from ..graph import BATCH_NORM, shape_of
 from . import passing
 from .gate import AffineGate
-from .layers import CONV, bias_of, constant_rows, past_borders
+from .layers import CONV, bias_of, past_borders
 from .proof import Float64
 from .walk import factors, summands
 from .work import Work
+from .zeros import constant_rows
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -215,6 +215,8 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     Raises:
         Exception: whatever torch.export says about a forward that it cannot follow.
     """
+    if any(isinstance(value, list | tuple | Mapping) for value in (*args, *kwargs.values())):
+        raise ValueError("its inputs hold a list or a mapping; pass tensors one by one")
     with training_mode(model, False), torch.no_grad():
         rebuilt = _Rebuilt(_program(model, args, kwargs), model)
     used = {str(n.target) for n in rebuilt.graph.nodes if n.op in ("get_attr", "call_module")}

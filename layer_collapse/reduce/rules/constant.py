@@ -12,10 +12,11 @@ from ..channels import channels
 from ..float64 import call, widened
 from ..gate import AffineGate, ConstantBias, smallest_form
 from ..holdings import attribute
-from ..layers import is_constant, past_borders
+from ..layers import past_borders
 from ..proof import Call
 from ..walk import factors, free_path, summands
 from ..work import Plan, Refused, Work
+from ..zeros import is_constant
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,12 @@ from ..border import Border, best_border, border
 from ..convolutions import ZEROS, Geometry, composed, geometry_of, merged
 from ..float64 import call
 from ..gate import ConstantBias, smallest_form
-from ..layers import (
-    CONV,
-    bias_of,
-    is_constant,
-    scaled_columns,
-    spatial_dims,
-    with_tensors,
-)
+from ..layers import CONV, bias_of, scaled_columns, spatial_dims, with_tensors
 from ..proof import Call
 from ..ring import RingConv
 from ..walk import above, free_path, passes_through, read_elsewhere
 from ..work import Plan, Refused, Work
+from ..zeros import is_constant
 
 _POOLS = {
     "max pooling": (
@@ -83,9 +77,10 @@ def _plan(
     mapped = not exact and work.border == "biasmap" and not found.windows
     if not (exact or ring or mapped):  # before anything as large as the merged layer is made
         raise Refused(_reason(work, found, outer.mode, str(place.target), biased))
-    if (reason := _too_much(composed(inner, outer, found.mode), sizes)) is not None:
+    mode = inner.mode if ring else found.mode
+    if (reason := _too_much(composed(inner, outer, mode), sizes)) is not None:
         raise Refused(reason)
-    whole = merged(first, second, found.mode)
+    whole = merged(first, second, mode)
     plan = Plan(
         name=str(place.target),
         detail=f"into {node.target}: {_shape(first)} and {_shape(second)} become {_shape(whole)}",
@@ -109,7 +104,6 @@ def _plan(
                 else (", for input sizes on which the strides end as on this one")
             )
     elif ring:
-        whole = merged(first, second, inner.mode)
         # Layers of their own: those in the graph lose their tensors when they leave it.
         corrected = RingConv(whole, with_tensors(first), with_tensors(second, bias=None))
         plan.becomes[node] = Call(str(node.target), corrected, entrance)

@@ -8,10 +8,11 @@ import torch
 from torch import fx, nn
 
 from ..channels import channels
-from ..layers import CONV, constant_rows, selected, without_channels
+from ..layers import CONV, selected, without_channels
 from ..leaving import Leaving
 from ..passing import concatenated, is_concatenation
 from ..work import Plan, Refused, Work
+from ..zeros import constant_rows
 
 
 def neurons(work: Work, node: fx.Node) -> Plan | None:
