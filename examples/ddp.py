@@ -28,7 +28,8 @@ def main(rounds: int, epochs: int, folder: str) -> None:
     masks = lc.Masks(lc.candidate_weights(model.module, tracker.sites))
     optimizer = lc.MaskedSGD(model.parameters(), 0.05, momentum=0.9, masks=masks)
     checkpoints = lc.Checkpoints(folder, model, optimizer, masks) if folder else None
-    start = checkpoints.load() or 0 if checkpoints else 0
+    warm_up = lambda: model(x[:2]).sum().backward()  # noqa: E731 - see Checkpoints.load
+    start = checkpoints.load(warm_up=warm_up) or 0 if checkpoints else 0
     for round_ in range(start, rounds + 1):
         tracker.reset()
         for _ in range(epochs):

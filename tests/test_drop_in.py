@@ -13,8 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from layer_collapse import MaskedAdamW, MaskedSGD, Masks, keep_pruned, track
+
+aten = torch.ops.aten
 
 _X = torch.randn(24, 6, generator=torch.Generator().manual_seed(1))
 _Y = torch.arange(24) % 3
@@ -282,6 +285,44 @@ def test_batches_of_any_size_in_one_graph(dynamo: Any, device: torch.device) -> 
             tracker.resume()
         assert graphs() == 1
         assert {row.positions for row in tracker.entropy()} == {5 + 9 + 24}
+
+
+class _NoReads(TorchDispatchMode):
+    """A stream that is being captured cannot be read: no number of a tensor reaches Python."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.overloadpacket in (aten._local_scalar_dense, aten.nonzero, aten.masked_select):
+            raise AssertionError(f"{func} makes the host wait")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_a_step_waits_for_nothing_and_stays_in_place(kind: str) -> None:
+    """What a CUDA graph asks of a captured step: no reads, the same addresses at every replay."""
+    model, masks, optimizer = job(kind)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.01)
+    scale, found = torch.tensor(4.0), torch.tensor(0.0)
+    with track(model) as tracker:
+        backward(model, optimizer)
+        optimizer.step()  # makes the state, before the capture
+        held = [*masks._words.values(), *(c.ledger for c in tracker._counters.values())]
+        held += [t for p in model.parameters() for t in (p, *optimizer.state[p].values())]
+        places = [tensor.data_ptr() for tensor in held]
+        before = snapshot(model)
+        with _NoReads(), pytest.raises(AssertionError, match="makes the host wait"):
+            bool(found)
+        for scaled in (False, True):
+            optimizer.grad_scale, optimizer.found_inf = (scale, found) if scaled else (None, None)
+            with _NoReads():
+                backward(model, optimizer)
+                optimizer.step()
+                tracker.pause(), tracker.resume()
+        assert [tensor.data_ptr() for tensor in held] == places
+        assert not any(map(torch.equal, before, snapshot(model)))
+        assert {row.positions for row in tracker.entropy()} == {3 * 24}
+        assert_pruned(model, masks, optimizer)
 
 
 # ---- copies and checkpoints

@@ -131,7 +131,13 @@ class Checkpoints:
             do(self._remove_old)
         return target
 
-    def load(self, step: int | None = None, *, reshard: bool = False) -> int | None:
+    def load(
+        self,
+        step: int | None = None,
+        *,
+        reshard: bool = False,
+        warm_up: Callable[[], Any] | None = None,
+    ) -> int | None:
         """Restore the last checkpoint, or that of ``step``; all processes must call it.
 
         Everything is read and checked before anything of the run is changed, which takes memory for
@@ -142,6 +148,11 @@ class Checkpoints:
             reshard: take a checkpoint of another number of processes too. Weights, masks and
                 optimiser are spread anew; counts are summed up on the first process, so reports
                 over all of them go on; random generators stay as they are.
+            warm_up: a forward and a backward, say ``lambda: model(x).sum().backward()``; called
+                once all is read, if there is a checkpoint, and undone by what is restored.
+                DistributedDataParallel orders its buckets by the first backward, and with them the
+                sums of more than two processes: without this the first step after a restart differs
+                in the last bit.
 
         Returns:
             The step it was saved with; None: there is no checkpoint yet.
@@ -177,6 +188,8 @@ class Checkpoints:
         together(what, hint, lambda: read_tensors(path / "tensors", new, self._all.group))
         ranks = range(mine, mine + 1) if same else range(saved)
         set_own = together(what, _OTHER, lambda: self._own_setter(path, ranks, same))
+        if warm_up is not None:
+            together(what, "warm_up failed", lambda: self._run.warmed(warm_up))
         self._run.apply_shared(rebuilt(manifest["state"], new))
         set_own()
         return int(manifest["step"])

@@ -79,6 +79,13 @@ class RunState:
         compared("run", saved, flattened("run", state, tensors))
         return _alike(tensors, stored)
 
+    def warmed(self, warm_up: Callable[[], Any]) -> None:
+        """Lets DistributedDataParallel order its buckets, as it does after its first backward."""
+        warm_up()
+        self.model.zero_grad(set_to_none=True)
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            self.model.reducer._rebuild_buckets()  # what its next forward would begin with
+
     def apply_shared(self, state: Mapping[str, Any]) -> None:
         """Take over what :func:`~layer_collapse.resume.tree.rebuilt` made of a matching tree."""
         from torch.distributed.checkpoint.state_dict import (

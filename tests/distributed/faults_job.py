@@ -93,6 +93,10 @@ class Run:
             report = self.tracker.entropy(group)
             lc.prune_round(self.net, self.masks, report, self.tracker.sites, fraction=0.3)
 
+    def load(self) -> int:
+        """The step to go on from."""
+        return self.checkpoints.load(warm_up=lambda: self.model(self.x[:4]).sum().backward()) or 0
+
     def hashes(self) -> dict[str, str]:
         """Of all that this rank holds, by name."""
         held: dict[str, Any] = {f"model {n}": full(t) for n, t in self.net.state_dict().items()}
@@ -170,7 +174,7 @@ def arm(phase: str, number: int) -> None:
 def main(kind: str, folder: str, steps: str, *faults: str) -> None:
     dist.init_process_group("gloo")
     run = Run(kind, Path(folder) / "checkpoints")
-    start = run.checkpoints.load() or 0
+    start = run.load()
     rank = dist.get_rank()
     armed = len(list(Path(folder).glob("fault-*")))
     dist.barrier()  # all have counted

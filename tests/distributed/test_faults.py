@@ -73,6 +73,25 @@ def test_ranks_killed_at_random(tmp_path: Path, world: int, kind: str) -> None:
     _survives(tmp_path, world, kind, 40, faults)
 
 
+def _resumes(folder: Path) -> None:
+    """No process is killed here; more than two add up their gradients in an order."""
+
+    def train(name: str, stop: int) -> dict[str, str]:
+        run = Run("ddp", folder / name)
+        for step in range(run.load(), stop):
+            run.step(step)
+            run.checkpoints.save(step + 1)
+        return run.hashes()
+
+    whole = train("whole", 8)
+    train("part", 5)
+    assert train("part", 8) == whole
+
+
+def test_four_processes_resume_to_the_bit(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(4, _resumes, tmp_path)
+
+
 # ---- refused
 
 

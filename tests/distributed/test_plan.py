@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from layer_collapse import MaskedAdamW, MaskedSGD, Masks, candidate_weights, track
+from layer_collapse import MaskedAdamW, MaskedSGD, Masks, candidate_weights, plan, track
 from layer_collapse.cli import main
 from layer_collapse.plan import Job, costs
 from layer_collapse.sharding import local
@@ -181,3 +182,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     ]:
         assert main([*arguments, *wrong]) == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_the_formulas_are_few() -> None:
+    assert len(Path(plan.__file__).read_text().splitlines()) <= 120
