@@ -147,7 +147,7 @@ def _cnn(name: str) -> Network:
         _FASHION,
         _images,
         Recipe(lr=0.05, batch=50),
-        Sizes(1200, 1000, 2000, 28),
+        Sizes(1500, 1000, 2000, 28),
     )
 
 
@@ -158,7 +158,7 @@ def _transformer(activation: str, depth: int) -> Network:
         _FASHION,
         _images,
         Recipe("adamw", lr=1e-3, weight_decay=0.01, batch=64),
-        Sizes(3000, 1000, 2000, 28),
+        Sizes(4000, 1000, 2000, 28),
     )
 
 
