@@ -64,8 +64,10 @@ sanitize: $(VENV)/packages
 # the README's numbers, alone.
 BENCH = $(BIN)/python -m pytest benchmarks --quiet --benchmark-quiet --timeout=0
 
+# REPEATS=3: every case three times, one pass after the other; the table then gives the spread.
+REPEATS ?= 1
 bench: $(VENV)/extension
-	$(BENCH) --results=benchmarks/results.json
+	$(BENCH) --repeats=$(REPEATS) --results=benchmarks/results.json
 	$(BIN)/python -m benchmarks.plot
 
 bench-quick: $(VENV)/extension

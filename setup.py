@@ -42,6 +42,7 @@ SOURCES = [
     "csrc/library.cpp",
     "csrc/eager.cpp",
     "csrc/eager_step.cpp",
+    "csrc/cpu/machine.cpp",
     "csrc/cpu/rectify.cpp",
     "csrc/cpu/rectify_dense.cpp",
     *(f"csrc/cpu/machines/{machine}.cpp" for machine in ("avx512", "avx2", "baseline")),

@@ -95,19 +95,26 @@ def mean(values: Iterable[float], unit: str) -> float:
 
 
 def verdicts(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One entry per claim and thread count that has rows, in the order of ``CLAIMS``."""
-    measured: dict[tuple[str, int], list[float]] = {}
+    """One entry per claim and thread count that has rows, in the order of ``CLAIMS``.
+
+    ``spread`` is the lowest and the highest mean that a pass over the cases gave.
+    """
+    measured: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for row in rows:
-        measured.setdefault((row["claim"], row["threads"]), []).append(row["value"])
+        measured.setdefault((row["claim"], row["threads"]), []).append(row)
     entries = []
     for key, claim in CLAIMS.items():
         for _, threads in sorted(found for found in measured if found[0] == key):
-            values = measured[key, threads]
+            cases = measured[key, threads]
+            values = [case["value"] for case in cases]
             average, worst = mean(values, claim.unit), max(values)
+            passes = zip(*(case["passes"] for case in cases), strict=True)
+            means = [mean(values_of_pass, claim.unit) for values_of_pass in passes]
             holds = within(average, claim.bar) and within(worst, claim.worst)
             entries.append(
                 {"claim": key, "title": claim.title, "peer": claim.peer, "threads": threads}
                 | {"unit": claim.unit, "cases": len(values), "mean": average, "highest": worst}
+                | {"spread": [min(means), max(means)]}
                 | {"bar": claim.bar, "worst": claim.worst}
                 | {"holds": None if claim.bar is None else holds}
             )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.claims import verdicts
-from benchmarks.harness import FULL, QUICK, Bench
+from benchmarks.harness import FULL, QUICK, Bench, combine
 from benchmarks.table import text
 from layer_collapse.files import write_json
 
@@ -21,11 +21,25 @@ THREADS = [n for n in (1, 2) if n <= (os.cpu_count() or 1)]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="fewer cases and rounds, every claim")
+    parser.addoption(
+        "--repeats",
+        type=int,
+        default=1,
+        help="measure all cases so many times, one pass after the other",
+    )
     parser.addoption("--results", type=Path, help="write the rows to this file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: a case that --quick leaves out")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    repeats = metafunc.config.getoption("--repeats")
+    if repeats < 1:
+        raise pytest.UsageError(f"--repeats must be 1 or more (got {repeats})")
+    if "turn" in metafunc.fixturenames:  # session scope: the passes follow one another
+        metafunc.parametrize("turn", range(repeats), scope="session", ids=lambda n: f"pass-{n + 1}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -45,7 +59,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.fixture
-def bench(benchmark: Any, threads: int, request: pytest.FixtureRequest) -> Bench:
+def bench(benchmark: Any, threads: int, turn: int, request: pytest.FixtureRequest) -> Bench:
     torch.manual_seed(0)
     effort = QUICK if request.config.getoption("--quick") else FULL
     return Bench(benchmark.pedantic, effort, threads, ROWS)
@@ -54,13 +68,14 @@ def bench(benchmark: Any, threads: int, request: pytest.FixtureRequest) -> Bench
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     if not ROWS:
         return
+    rows = combine(ROWS)
     terminalreporter.section("ours against peers")
-    terminalreporter.write_line(text(ROWS))
+    terminalreporter.write_line(text(rows))
     path = config.getoption("--results")
     if path is None:
         return
     if exitstatus != pytest.ExitCode.OK:
         terminalreporter.write_line(f"{path} was not written: some case failed", red=True)
         return
-    write_json(path, {"claims": verdicts(ROWS), "rows": ROWS})
+    write_json(path, {"claims": verdicts(rows), "rows": rows})
     terminalreporter.write_line(f"written: {path}")

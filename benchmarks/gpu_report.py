@@ -20,6 +20,8 @@ from layer_collapse.ops import cuda
 
 ROOT = Path(__file__).parents[1]
 WARM_UP, ROUNDS = 10, 50
+#: Those that run on CUDA too: ops, CUDA graphs, AMP, torch.compile.
+TESTS = ("tests/ops", "tests/measure/test_tracker.py", "tests/test_drop_in.py")
 #: Microseconds that a call takes on the device.
 Timer = Callable[[Callable[[], object]], float]
 
@@ -101,7 +103,7 @@ def run_tests() -> tuple[int, str]:
     """The op tests with the very package that is measured: exit status, pytest's last line."""
     home = Path(layer_collapse.__file__).parents[1]
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-o", f"pythonpath={home} {ROOT}"]
-    done = subprocess.run([*command, "tests/ops"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([*command, *TESTS], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     print(done.stdout)
     return done.returncode, (done.stdout.strip().splitlines() or ["no output"])[-1].strip("= ")
 

@@ -130,8 +130,28 @@ def make_row(
         "worst": facts.worst,
         "holds": None if facts.bar is None else within(value, facts.bar),
         "rounds": len(ratios),
+        "passes": [value],
         **more,
     }
+
+
+def combine(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per case from those of all passes: the pass of the middle value (the lower of two).
+
+    ``passes`` keeps the value of every pass, in order. Where there is more than one, ``spread``
+    becomes their range: it tells what may be believed, and is wider than that within a pass.
+    """
+    passes: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        passes.setdefault((row["claim"], row["case"], row["threads"]), []).append(row)
+    combined = []
+    for same in passes.values():
+        values = [row["value"] for row in same]
+        middle = sorted(same, key=lambda row: row["value"])[(len(same) - 1) // 2]
+        if len(same) > 1:
+            middle = middle | {"spread": [min(values), max(values)], "passes": values}
+        combined.append(middle)
+    return combined
 
 
 class Bench:

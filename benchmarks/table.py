@@ -21,6 +21,11 @@ def _value(number: float | None, unit: str) -> str:
     return f"{number:.2f}" if number >= 0.1 else f"{number:.3f}"
 
 
+def _range(entry: Mapping[str, Any]) -> str:
+    low, high = (_value(bound, entry["unit"]) for bound in entry["spread"])
+    return low if low == high else f"{low} to {high}"
+
+
 def _bar(entry: Mapping[str, Any]) -> str:
     worst = "" if entry["worst"] is None else f" [{_value(entry['worst'], entry['unit'])}]"
     return _value(entry["bar"], entry["unit"]) + worst
@@ -42,15 +47,17 @@ def text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Every row, then the verdict on every claim."""
     cases = [["claim", "case", "threads", "ours ms", "peer", "peer ms", "value", "spread", "bar"]]
     for row in rows:
-        low, high = (_value(bound, row["unit"]) for bound in row["spread"])
         measured = [f"{row['ours_ms']:.4f}", row["peer"], f"{row['peer_ms']:.4f}"]
         value = _value(row["value"], row["unit"])
         what = [row["claim"], row["case"], str(row["threads"])]
-        cases.append([*what, *measured, value, f"{low} to {high}", _bar(row)])
-    claims = [["claim", "threads", "cases", "mean", "highest", "bar [of a case]", "holds"]]
+        cases.append([*what, *measured, value, _range(row), _bar(row)])
+    claims = [
+        ["claim", "threads", "cases", "mean", "of passes", "highest", "bar [of a case]", "holds"]
+    ]
     for entry in verdicts(rows):
-        numbers = [_value(entry[number], entry["unit"]) for number in ("mean", "highest")]
+        average, highest = (_value(entry[it], entry["unit"]) for it in ("mean", "highest"))
         what = [f"{entry['title']} / {entry['peer']}", str(entry["threads"]), str(entry["cases"])]
+        numbers = [average, _range(entry), highest]
         claims.append([*what, *numbers, _bar(entry), _holds(entry["holds"])])
     return f"{_aligned(cases)}\n\n{_aligned(claims)}"
 
@@ -67,9 +74,11 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = [_cell(own[n]) if n in own else "-" for n in counts]
         lines.append([first["title"], first["peer"], str(first["cases"]), *cells, _bar(first)])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    passes = len(rows[0]["passes"])
+    spread = f", and that mean in each of {passes} passes" if passes > 1 else ""
     return (
         f"{table}\n\nTime of ours over time of the peer: geometric mean over the cases (highest of "
-        "them), against the bar [of any single case]; bold where it is missed. "
+        f"them){spread}, against the bar [of any single case]; bold where it is missed. "
         f"{rows[0]['device']}, torch {rows[0]['torch']}, {rows[0]['date']}."
     )
 
@@ -78,6 +87,9 @@ def _cell(entry: Mapping[str, Any]) -> str:
     number = _value(entry["mean"], entry["unit"])
     if entry["cases"] > 1:
         number += f" ({_value(entry['highest'], entry['unit'])})"
+    low, high = entry["spread"]
+    if low != high:
+        number += f", {_range(entry)}"
     return f"**{number}**" if entry["holds"] is False else number
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.cases import full
 from benchmarks.networks import NETWORKS
 from benchmarks.ranks import Job
 
 
-@pytest.mark.parametrize("network", ["resnet18", "encoder"])
+@pytest.mark.parametrize("network", [full("resnet18"), "encoder"])
 def test_ddp(bench, threads, network):
     if threads != 1:
         pytest.skip("two processes of one thread each")

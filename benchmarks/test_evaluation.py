@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import layer_collapse
-from benchmarks.cases import need
+from benchmarks.cases import full, need
 from benchmarks.networks import NETWORKS, evaluation
 from benchmarks.peers import EasierHook, EGPHook, SignHook, hook_rectifiers
 from layer_collapse.ops.rectify import POSITIONS, counts_of
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", ["encoder", *(full(n) for n in NETWORKS if n != "encoder")])
 def test_evaluation(bench, network):
     plain, inputs = NETWORKS[network]()
     tracked, counted = copy.deepcopy(plain), copy.deepcopy(plain)

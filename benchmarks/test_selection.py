@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.cases import full
 from benchmarks.peers import magnitudes
 from layer_collapse import Masks
 
 TENSORS, SIZE = 20, 1_000_000
 
 
-@pytest.mark.parametrize("pruned", [0.0, 0.9], ids=["dense", "90 % pruned"])
+@pytest.mark.parametrize("pruned", [full(0.0), 0.9], ids=["dense", "90 % pruned"])
 def test_selection(bench, pruned):
     """Three quarters of the alive weights go; the peers see the pruned ones as zeros."""
     parameters = [nn.Parameter(torch.randn(SIZE)) for _ in range(TENSORS)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import layer_collapse
-from benchmarks.cases import need
+from benchmarks.cases import full, need
 from benchmarks.networks import NETWORKS, training_step
 
 
@@ -36,6 +36,6 @@ def test_resnet_with_bn_fused(bench):
     compare(bench, "resnet18", "step_resnet_bn", "fuse_bn=True", fuse_bn=True)
 
 
-@pytest.mark.parametrize("network", ["vit", "encoder"])
+@pytest.mark.parametrize("network", ["vit", full("encoder")])
 def test_transformers(bench, network):
     compare(bench, network, "step_transformers", network)

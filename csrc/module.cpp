@@ -9,7 +9,7 @@
 #include "checks.h"
 #include "core/bitmask.h"
 #include "core/budget.h"
-#include "cpu/rectify.h"
+#include "cpu/machine.h"
 #include "eager.h"
 
 namespace py = pybind11;

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from .measure.rectifiers import RELU
-from .ops.magnitude import BUCKETS, digits
+from .ops.magnitude_digits import BUCKETS, digits
 from .ops.rectify import HEADER
 
 _COUNT = 8  # bytes of a counter

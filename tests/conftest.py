@@ -26,6 +26,14 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+@pytest.fixture
+def cuda_device() -> torch.device:
+    """For what only CUDA has."""
+    if reason := _why_not("cuda"):
+        pytest.skip(reason)
+    return torch.device("cuda")
+
+
 @pytest.fixture(autouse=True)
 def _seed_and_threads() -> Iterator[None]:
     """A fixed seed, and one thread: what several threads give is a test of its own."""

@@ -75,6 +75,8 @@ def main() -> int:
             "cuda_on_cpu",
             "cuda_on_cpu/test_rectify_kernels.py",
             "cuda_on_cpu/test_list_kernels.py",
+            "cuda_on_cpu/test_graphs.py",
+            "cuda_on_cpu/test_hostile.py",
             # libstdc++ too: the sanitizer must find the functions that throw
             LD_PRELOAD=f"{library('libasan.so')} {library('libstdc++.so')}",
             ASAN_OPTIONS="detect_leaks=0",  # Python keeps what it owns

@@ -15,7 +15,7 @@ from torch import nn
 import layer_collapse
 from benchmarks import plot
 from benchmarks.claims import CLAIMS, mean, verdicts
-from benchmarks.harness import Effort, machine, make_row, race
+from benchmarks.harness import Effort, combine, machine, make_row, race
 from benchmarks.networks import NETWORKS, evaluation, training_step
 from benchmarks.peers import (
     EasierHook,
@@ -34,7 +34,19 @@ from layer_collapse.ops.rectify import counts_of, new_ledger, rectify_reference
 ROOT = Path(__file__).parent.parent
 ROW_KEYS = {
     *("claim", "case", "ours_ms", "peer", "peer_ms", "ratio", "unit", "value", "spread", "bar"),
-    *("worst", "holds", "rounds", "calls", "threads", "dtype", "shape", "device", "torch", "date"),
+    *(
+        "worst",
+        "holds",
+        "rounds",
+        "passes",
+        "calls",
+        "threads",
+        "dtype",
+        "shape",
+        "device",
+        "torch",
+        "date",
+    ),
 }
 
 
@@ -217,6 +229,26 @@ def test_table_marks_what_is_missed():
     assert "NO" in text(rows)
 
 
+def test_passes_give_their_middle_and_their_range():
+    times = {"relu_f32": (1.5, 1.0, 1.1), "evaluation": (1.0, 1.2, 1.4)}
+    passes = [
+        row(claim, [seconds[turn]] * 2, [1.0] * 2)
+        for turn in range(3)
+        for claim, seconds in times.items()
+    ]
+    rectifier, evaluation = combine(passes)
+    assert (rectifier["value"], rectifier["spread"]) == (1.1, [1.0, 1.5])
+    assert evaluation["passes"] == [1.0, 1.2, 1.4]
+    assert combine([passes[0]]) == [passes[0]]
+    assert combine([passes[0], passes[2]])[0]["value"] == 1.0
+    second = row("relu_f32", [4.0] * 2, [1.0] * 2) | {"case": "another"}
+    verdict = verdicts(combine([*passes, second, second, second]))[0]
+    assert verdict["spread"] == pytest.approx([2.0, math.sqrt(6.0)])
+    assert verdict["mean"] == pytest.approx(math.sqrt(4.4))
+    assert "1.10, 1.00 to 1.50" in markdown([rectifier | machine()])
+    assert "1.00 to 1.50" in text([rectifier])
+
+
 def test_plot_has_a_line_per_kind_of_call():
     rows = []
     for claim, dtype in (("overhead", "float32"), ("overhead_inplace", "bfloat16")):
@@ -233,7 +265,7 @@ def test_plot_has_a_line_per_kind_of_call():
 def test_run_writes_its_rows(tmp_path):
     path = tmp_path / "results.json"
     command = [sys.executable, "-m", "pytest", "benchmarks/test_call_overhead.py", "--quick"]
-    command += [f"--results={path}", "-p", "no:cacheprovider"]
+    command += ["--repeats=2", f"--results={path}", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(path.read_text())
@@ -245,3 +277,5 @@ def test_run_writes_its_rows(tmp_path):
         assert set(made) == ROW_KEYS
         assert made["rounds"] >= 3
         assert made["calls"] > 1
+        assert len(made["passes"]) == 2
+        assert made["spread"] == [min(made["passes"]), max(made["passes"])]

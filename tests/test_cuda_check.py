@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +27,21 @@ def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     monkeypatch.setattr(module.tools, "HOME", tmp_path)
     monkeypatch.setattr(module.tools.site, "getsitepackages", lambda: [str(tmp_path)])
     return module
+
+
+#: What makes the host wait for a device, copies to it, or cannot be captured in a graph.
+WAITS = re.compile(
+    r"Synchronize|cudaMemcpy|cudaMemset|cudaMalloc|cudaFree|EventQuery|StreamQuery"
+    r"|stable::to\(|\.item\b|aten::item|_local_scalar"
+)
+
+
+def test_nothing_of_the_kernels_waits_for_a_device():
+    sources = sorted((ROOT / "csrc" / "cuda").iterdir())
+    assert len(sources) > 20
+    for source in [*sources, ROOT / "csrc" / "rectify_arguments.h"]:
+        assert not WAITS.search(source.read_text()), source
+    assert WAITS.search("cudaStreamSynchronize(queue)")
 
 
 def test_without_nvcc_a_user_is_told_so_in_one_sentence(check, monkeypatch, capsys):

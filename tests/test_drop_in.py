@@ -51,9 +51,11 @@ OPTIMIZERS: dict[str, Kept] = {
 every_optimizer = pytest.mark.parametrize("kind", OPTIMIZERS)
 
 
-def job(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Net, Masks, Any]:
+def job(
+    kind: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> tuple[Net, Masks, Any]:
     """A model with half of its matrices pruned."""
-    model = Net().to(dtype)
+    model = Net().to(device, dtype)
     masks = Masks({name: p for name, p in model.named_parameters() if p.dim() > 1})
     masks.prune_(masks.shares(200))
     return model, masks, OPTIMIZERS[kind](model, masks)
@@ -61,7 +63,9 @@ def job(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Net, Masks, Any]
 
 def backward(model: nn.Module, optimizer: Any, x: Tensor = _X, scale: float = 1.0) -> None:
     optimizer.zero_grad()
-    (F.cross_entropy(model(x).float(), _Y[: len(x)]) * scale).backward()
+    device = next(model.parameters()).device
+    loss = F.cross_entropy(model(x.to(device)).float(), _Y[: len(x)].to(device))
+    (loss * scale).backward()
 
 
 def assert_pruned(model: nn.Module, masks: Masks, optimizer: Any) -> None:
@@ -87,17 +91,20 @@ def snapshot(model: nn.Module) -> list[Tensor]:
 
 @every_optimizer
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_and_a_step_that_overflows(kind: str, dtype: torch.dtype) -> None:
-    model, masks, optimizer = job(kind)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=3)
+def test_autocast_and_a_step_that_overflows(
+    kind: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    model, masks, optimizer = job(kind, device=device)
+    x, y = _X.to(device), _Y.to(device)
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**8, growth_interval=3)
     with track(model) as tracker:
         for step in range(8):
             if step == 5:
                 masks.prune_(masks.shares(40))
             before = snapshot(model)
             optimizer.zero_grad()
-            with torch.autocast("cpu", dtype):
-                loss = F.cross_entropy(model(_X), _Y)
+            with torch.autocast(device.type, dtype):
+                loss = F.cross_entropy(model(x), y)
             scaler.scale(loss * (1e38 if step in (0, 4, 5) else 1.0)).backward()
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -165,9 +172,11 @@ def graphs() -> int:
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_a_compiled_step_is_the_eager_one(dynamo: Any, kind: str, backend: str) -> None:
-    model, masks, optimizer = job(kind)
-    eager, eager_masks, eager_optimizer = job(kind)
+def test_a_compiled_step_is_the_eager_one(
+    dynamo: Any, kind: str, backend: str, device: torch.device
+) -> None:
+    model, masks, optimizer = job(kind, device=device)
+    eager, eager_masks, eager_optimizer = job(kind, device=device)
     step = torch.compile(optimizer.step, fullgraph=True, backend=backend)
 
     def both(fast: bool = True) -> None:
@@ -196,24 +205,36 @@ def test_a_compiled_step_is_the_eager_one(dynamo: Any, kind: str, backend: str) 
     assert graphs() == compiled
 
 
-def test_a_compiled_step_under_a_schedule(dynamo: Any) -> None:
-    """Every other rate is another graph."""
-    model, masks, optimizer = job("adamw")
-    eager, _, eager_optimizer = job("adamw")
+@pytest.mark.filterwarnings("ignore:Detected call of")  # as of torch.optim's own, compiled
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize(("rate", "seen"), [(torch.tensor, [1, 2, 2, 2]), (float, [1, 2, 3, 4])])
+def test_a_compiled_step_under_a_schedule(
+    dynamo: Any, kind: str, rate: Callable[[float], Any], seen: list[int]
+) -> None:
+    """A rate that is a tensor is read by one graph; every number is another graph."""
+    model, masks, optimizer = job(kind)
+    eager, _, eager_optimizer = job(kind)
+    for some in (optimizer, eager_optimizer):
+        some.param_groups[0]["lr"] = rate(0.05) if some is optimizer else 0.05
+    # A schedule puts a function of its own around step, which torch.compile does not trace.
     step = torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")
-    seen = []
-    for turn in range(4):
-        for net, some, take in (
-            (model, optimizer, step),
-            (eager, eager_optimizer, eager_optimizer.step),
+    schedules = [
+        torch.optim.lr_scheduler.ExponentialLR(some, 0.5) for some in (optimizer, eager_optimizer)
+    ]
+    for expected in seen:
+        before = snapshot(model)
+        for net, some, take, schedule in (
+            (model, optimizer, step, schedules[0]),
+            (eager, eager_optimizer, eager_optimizer.step, schedules[1]),
         ):
-            some.param_groups[0]["lr"] = 0.01 / (turn + 1)
             backward(net, some)
             take()
-        seen.append(graphs())
+            schedule.step()
+        assert graphs() == expected
         assert_same(model, eager)
+        assert not any(map(torch.equal, before, snapshot(model)))
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.05 / 16)
     assert_pruned(model, masks, optimizer)
-    assert seen == [1, 2, 3, 4]
 
 
 def _graph_breaks(step: Callable[[], Any]) -> dict[str, int]:
@@ -249,14 +270,15 @@ def test_the_whole_step_breaks_where_the_untracked_one_does(dynamo: Any, kind: s
     assert_pruned(model, masks, optimizer)
 
 
-def test_batches_of_any_size_in_one_graph(dynamo: Any) -> None:
-    model = Net()
+def test_batches_of_any_size_in_one_graph(dynamo: Any, device: torch.device) -> None:
+    model = Net().to(device)
+    x, y = _X.to(device), _Y.to(device)
     with track(model) as tracker:
         fast = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
         for size in (5, 9, 24):
-            F.cross_entropy(fast(_X[:size]), _Y[:size]).backward()
+            F.cross_entropy(fast(x[:size]), y[:size]).backward()
             tracker.pause()
-            fast(_X[:size])
+            fast(x[:size])
             tracker.resume()
         assert graphs() == 1
         assert {row.positions for row in tracker.entropy()} == {5 + 9 + 24}

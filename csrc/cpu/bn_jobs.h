@@ -13,8 +13,8 @@
 //   first(c, offset), second(...)  the passes over channels from c on, whose data begin at offset
 //   finish(c, sum, second_sum)     takes the sums of channel c over all positions; false: they are
 //                                  inexact, run the first pass again (it has changed its center)
-//   take(c, pick)                  takes what the second pass found: pick(&Totals::x) is channel
-//   c's
+//   take(begin, count, pick_of)    takes what the second pass found of `count` channels:
+//                                  pick_of(i)(&Totals::x) is that of channel begin + i
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -117,9 +117,8 @@ void run_small_planes(const Span& span, int64_t begin, int64_t count, Job& job) 
   std::vector<Totals> totals(vectors<T>(columns));
   const auto pass = by_columns(job.second(begin, begin * inner), count, inner, numbers);
   walk_columns(pass, span.outer, stride, columns, totals.data());
-  for (int64_t c = 0; c < count; ++c) {
-    job.take(begin + c, PickColumns<T, Totals>{totals, c * inner, inner});
-  }
+  job.take(begin, count,
+           [&](int64_t c) { return PickColumns<T, Totals>{totals, c * inner, inner}; });
 }
 
 // The second pass over some channels of `outer` indices, whose data begin at `offset`.
@@ -130,7 +129,7 @@ void second_on_planes(const Span& span, int64_t begin, int64_t count, int64_t of
   std::vector<Totals> totals(count);
   walk_planes(job.second(begin, offset), outer, span.channels * span.inner, count, span.inner,
               totals.data());
-  for (int64_t c = 0; c < count; ++c) job.take(begin + c, PickAll<T, Totals>{totals[c]});
+  job.take(begin, count, [&](int64_t c) { return PickAll<T, Totals>{totals[c]}; });
 }
 
 template <typename T, typename Job>
@@ -220,7 +219,7 @@ void run_rows(const Span& span, Job& job) {
       const int64_t begin = s * rows / slices, end = (s + 1) * rows / slices;
       walk_columns(job.second(0, begin * channels), end - begin, channels, channels, totals.data());
     }
-    for (int64_t c = 0; c < channels; ++c) job.take(c, PickColumns<T, Totals>{totals, c, 1});
+    job.take(0, channels, [&](int64_t c) { return PickColumns<T, Totals>{totals, c, 1}; });
   });
 }
 

@@ -6,11 +6,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
+#include <mutex>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "core/entropy.h"
 #include "core/rectifier.h"
 #include "cpu/bn_arguments.h"
 #include "cpu/ledger_writes.h"
@@ -84,15 +84,19 @@ struct Forward {
     affine.set(c, mean[c], invstd[c]);
   }
 
-  template <typename Pick>
-  void take(int64_t c, const Pick& pick) {
+  template <typename PickOf>
+  void take(int64_t begin, int64_t count, const PickOf& pick_of) {
     using Found = typename Second::Totals;
     if (!counts) return;
-    add_to_cell(counts + c, pick(&Found::positive));
-    add_to_cell(counts + span.channels + c, pick(&Found::negative));
-    add_to_cell(counts + 2 * span.channels + c, pick(&Found::nan));
-    if constexpr (count_rows(Rectifier::kind) > 3) {
-      add_to_cell(counts + 3 * span.channels + c, pick(&Found::extra));
+    const std::lock_guard<std::mutex> lock(ledger_mutex());
+    for (int64_t c = begin; c < begin + count; ++c) {
+      const auto pick = pick_of(c - begin);
+      counts[c] += pick(&Found::positive);
+      counts[span.channels + c] += pick(&Found::negative);
+      counts[2 * span.channels + c] += pick(&Found::nan);
+      if constexpr (count_rows(Rectifier::kind) > 3) {
+        counts[3 * span.channels + c] += pick(&Found::extra);
+      }
     }
   }
 };
@@ -133,6 +137,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_rectify(Tensor input, std::optional<Tensor
   Tensor invstd = torch::stable::new_empty(x, {channels}, statistics);
   auto* words = static_cast<int64_t*>(ledger.mutable_data_ptr());
   const bool counted = counts_now(words);
+  if (counted) add_positions(words, input.numel() / channels);
 
   visit_weight_type(x.scalar_type(), [&]<typename T>(std::type_identity<T>) {
     using V = Compute<T>;
@@ -165,10 +170,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_rectify(Tensor input, std::optional<Tensor
                       if (training && running_var) write_doubles(job.new_var, *running_var);
                     });
   });
-  if (counted) {
-    add_to_cell(words + kPositions, input.numel() / channels);
-    if ((words[kFlags] & kLive) != 0) refresh_live(words, channels, static_cast<Kind>(kind));
-  }
+  if (counted) refresh_if_live(words, channels, static_cast<Kind>(kind));
   return {y, mean, invstd};
 }
 

@@ -53,8 +53,8 @@ struct Backward {
     return true;
   }
 
-  template <typename Pick>
-  void take(int64_t, const Pick&) {}
+  template <typename PickOf>
+  void take(int64_t, int64_t, const PickOf&) {}
 };
 
 std::tuple<Tensor, Tensor, Tensor> bn_rectify_backward(Tensor grad, Tensor input,

@@ -12,6 +12,7 @@
 
 #include "cpu/bn_passes.h"
 #include "cpu/dispatch.h"
+#include "cpu/machine.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define LC_BN_SETS
@@ -51,29 +52,16 @@ namespace avx512 {
 #endif
 // clang-format on
 
-enum class InstructionSet { baseline, avx2, avx512 };
-inline InstructionSet instruction_set() {
-#ifdef LC_BN_SETS
-  static const InstructionSet best = __builtin_cpu_supports("x86-64-v4") ? InstructionSet::avx512
-                                     : __builtin_cpu_supports("x86-64-v3")
-                                         ? InstructionSet::avx2
-                                         : InstructionSet::baseline;
-  return best;
-#else
-  return InstructionSet::baseline;
-#endif
-}
-
 // A group of channels; from one outer index to the next lies `stride`. Each of its rows of `inner`
 // elements is one channel's. Adds to totals[0..group).
 template <typename Pass>
 void walk_planes(const Pass& pass, int64_t outer, int64_t stride, int64_t group, int64_t inner,
                  typename Pass::Totals* totals) {
 #ifdef LC_BN_SETS
-  switch (instruction_set()) {
-    case InstructionSet::avx512:
+  switch (machine()) {
+    case Machine::avx512:
       return avx512::walk_planes(pass, outer, stride, group, inner, totals);
-    case InstructionSet::avx2:
+    case Machine::avx2:
       return avx2::walk_planes(pass, outer, stride, group, inner, totals);
     default:
       break;
@@ -89,10 +77,10 @@ template <typename Pass>
 void walk_columns(const Pass& pass, int64_t rows, int64_t stride, int64_t columns,
                   typename Pass::Totals* totals) {
 #ifdef LC_BN_SETS
-  switch (instruction_set()) {
-    case InstructionSet::avx512:
+  switch (machine()) {
+    case Machine::avx512:
       return avx512::walk_columns(pass, rows, stride, columns, totals);
-    case InstructionSet::avx2:
+    case Machine::avx2:
       return avx2::walk_columns(pass, rows, stride, columns, totals);
     default:
       break;

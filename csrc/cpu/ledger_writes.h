@@ -1,9 +1,11 @@
-// What every CPU op that writes a ledger does alike: whether it counts at all, and how it adds.
+// What every CPU op that writes a ledger does alike: whether it counts at all, and that it adds
+// while nobody else does.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
+#include <mutex>
 
+#include "core/entropy.h"
 #include "core/rectifier.h"
 
 // Exported by libtorch_cpu but not part of the stable ABI: -1 outside of a backward pass.
@@ -20,9 +22,21 @@ inline bool counts_now(const int64_t* ledger) {
   return (ledger[kFlags] & kCount) != 0 && torch::autograd::get_current_graph_task_id() == -1;
 }
 
-// Several threads add integers in any order and the sum is the same.
-inline void add_to_cell(int64_t* cell, int64_t value) {
-  if (value != 0) std::atomic_ref<int64_t>(*cell).fetch_add(value, std::memory_order_relaxed);
+// Held while a ledger is written: one thread adds at a time, whichever op it is in, also when two
+// run the same model.
+std::mutex& ledger_mutex();
+
+// Before any sign of these positions is added: so a ledger never holds more signs than positions.
+inline void add_positions(int64_t* ledger, int64_t positions) {
+  const std::lock_guard<std::mutex> lock(ledger_mutex());
+  ledger[kPositions] += positions;
+}
+
+// The last write of a forward that counts.
+inline void refresh_if_live(int64_t* ledger, int64_t channels, Kind kind) {
+  if ((ledger[kFlags] & kLive) == 0) return;
+  const std::lock_guard<std::mutex> lock(ledger_mutex());
+  refresh_live(ledger, channels, kind);
 }
 
 }  // namespace layer_collapse

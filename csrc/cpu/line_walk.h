@@ -1,5 +1,5 @@
 // Takes a rule (masked_rules.h) over the cache lines that ask for work, and asks for their memory
-// ahead of time.
+// ahead of time. Part of a machine's code: see masked_run.h.
 //
 // A step does a few operations per number, so it waits for memory most of the time, and the
 // hardware's prefetchers follow neither the gaps of a sparse mask nor four tensors at once well.
@@ -17,6 +17,7 @@
 #include "cpu/dispatch.h"
 
 namespace layer_collapse {
+namespace LC_MACHINE {
 
 inline constexpr int64_t kLineBytes = 64;
 inline constexpr int64_t kSpanLines = 64;
@@ -109,4 +110,5 @@ LC_INLINE void walk_lines(Rule rule, const uint32_t* words, int64_t first, int64
   }
 }
 
+}  // namespace LC_MACHINE
 }  // namespace layer_collapse

@@ -1,6 +1,11 @@
 // magnitude_shares and magnitude_prune_ on the CPU: the exact k smallest |w| among alive weights,
-// in the order of a stable sort by (|w|, tensor, index), index in C order of the logical shape.
+// in the order of a stable sort by (|w|, tensor, index), index in C order of the logical shape. As
+// on CUDA, what is wrong with the weights themselves is told, not refused (magnitude_arguments.h).
 #include <torch/csrc/stable/library.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
 
 #include "cpu/magnitude_cut.h"
 #include "magnitude_arguments.h"
@@ -30,22 +35,38 @@ int64_t alive_in(const Weights& weights) {
   return weights.words ? count_bits(weights.words, mask_words(weights.numel)) : weights.numel;
 }
 
-Tensor magnitude_shares(std::vector<Tensor> weights, std::vector<Tensor> masks, int64_t k) {
+// Room for what a selection tells of its groups, a row each (magnitude_arguments.h).
+using Info = std::array<int64_t, kInfoWords>;
+Tensor new_info(const Tensor& like, size_t groups) {
+  return torch::stable::new_empty(like, {static_cast<int64_t>(groups), kInfoWords},
+                                  ScalarType::Long);
+}
+Info* rows_of(Tensor& info) { return static_cast<Info*>(info.mutable_data_ptr()); }
+
+// The cut at the wanted-th smallest weight, if any are wanted and nothing is to be refused.
+std::optional<Cut> find_cut(const Views& views, int64_t wanted, Info& info) {
+  info = {wanted, 0, -1};
+  if (wanted == 0) return std::nullopt;
+  for (const Weights& view : views) info[1] += alive_in(view);
+  if (wanted < 0 || wanted > info[1]) return std::nullopt;
+  Cut cut = with_keys(
+      views, [&]<typename Key>(Key) { return select_smallest<Key>(views, info[1], wanted); });
+  info[2] = cut.nan_tensor;
+  if (cut.nan_tensor >= 0) return std::nullopt;
+  return cut;
+}
+
+std::tuple<Tensor, Tensor> magnitude_shares(std::vector<Tensor> weights, std::vector<Tensor> masks,
+                                            int64_t k) {
   constexpr const char* kOp = "magnitude_shares";
   check(!weights.empty(), kOp, ": weights must hold at least one tensor (got none)");
   const Views views = view_weights(kOp, weights, masks);
-  int64_t alive = 0;
-  for (const Weights& view : views) alive += alive_in(view);
-  check(k >= 0 && k <= alive, kOp, ": k must lie between 0 and the ", alive, " alive weights (got ",
-        k, ")");
   Tensor shares = torch::stable::new_zeros(weights[0], {static_cast<int64_t>(weights.size())},
                                            ScalarType::Long);
-  if (k == 0) return shares;
-
-  const Cut cut =
-      with_keys(views, [&]<typename Key>(Key) { return select_smallest<Key>(views, alive, k); });
-  check(cut.nan_tensor < 0, kOp, ": alive weights must not be NaN (got NaN in weights[",
-        cut.nan_tensor, "])");
+  Tensor info = new_info(weights[0], 1);
+  const std::optional<Cut> found = find_cut(views, k, *rows_of(info));
+  if (!found) return {shares, info};
+  const Cut& cut = *found;
   int64_t ties = cut.ties;
   auto* result = shares.mutable_data_ptr<int64_t>();
   for (size_t i = 0; i < views.size(); ++i) {
@@ -53,7 +74,7 @@ Tensor magnitude_shares(std::vector<Tensor> weights, std::vector<Tensor> masks, 
     result[i] = cut.below[i] + taken;
     ties -= taken;
   }
-  return shares;
+  return {shares, info};
 }
 
 // The keys of a digit by bucket, and those of them that are NaN.
@@ -129,33 +150,38 @@ void clear_below(const Views& one, const Cut& cut) {
   }
 }
 
-void magnitude_prune_(std::vector<Tensor> weights, std::vector<Tensor> masks,
-                      std::vector<int64_t> counts) {
+Tensor magnitude_prune_(std::vector<Tensor> weights, std::vector<Tensor> masks,
+                        std::vector<int64_t> counts) {
   constexpr const char* kOp = "magnitude_prune_";
+  check(!weights.empty(), kOp, ": weights must hold at least one tensor (got none)");
   const Views views = view_weights(kOp, weights, masks);
   check(counts.size() == weights.size(), kOp, ": counts must hold one number per tensor (got ",
         counts.size(), " for ", weights.size(), ")");
-  std::vector<int64_t> alive;
   for (size_t i = 0; i < views.size(); ++i) {
-    alive.push_back(alive_in(views[i]));
-    check(counts[i] >= 0 && counts[i] <= alive[i], kOp, ": counts[", i,
-          "] must lie between 0 and the ", alive[i], " alive weights (got ", counts[i], ")");
-    check(counts[i] == 0 || views[i].words != nullptr, kOp, ": masks[", i,
+    check(counts[i] == 0 || views[i].numel == 0 || views[i].words != nullptr, kOp, ": masks[", i,
           "] must have bits to clear (got an empty mask)");
   }
-  std::vector<Cut> cuts(views.size());  // all of them before any mask changes
+  Tensor info = new_info(weights[0], views.size());
+  std::vector<std::optional<Cut>> cuts;  // all of them before any mask changes
+  bool refused = false;
   for (size_t i = 0; i < views.size(); ++i) {
-    if (counts[i] == 0) continue;
-    cuts[i] = with_keys({views[i]}, [&]<typename Key>(Key) {
-      return select_smallest<Key>({views[i]}, alive[i], counts[i]);
-    });
-    check(cuts[i].nan_tensor < 0, kOp, ": alive weights must not be NaN (got NaN in weights[", i,
-          "])");
+    Info& row = rows_of(info)[i];
+    cuts.push_back(find_cut({views[i]}, counts[i], row));
+    if (row[2] >= 0) row[2] = static_cast<int64_t>(i);  // of all weights, not of this group's
+    refused |= counts[i] != 0 && !cuts[i];
   }
-  for (size_t i = 0; i < views.size(); ++i) {
-    if (counts[i] == 0) continue;
-    with_keys({views[i]}, [&]<typename Key>(Key) { clear_below<Key>({views[i]}, cuts[i]); });
+  for (size_t i = 0; i < views.size() && !refused; ++i) {
+    if (!cuts[i]) continue;
+    with_keys({views[i]}, [&]<typename Key>(Key) { clear_below<Key>({views[i]}, *cuts[i]); });
   }
+  return info;
+}
+
+Tensor magnitude_prune_on_device(std::vector<Tensor> weights, std::vector<Tensor> masks,
+                                 Tensor counts) {
+  check_counts_on_device(weights, masks, counts);
+  const auto* numbers = counts.const_data_ptr<int64_t>();
+  return magnitude_prune_(weights, masks, {numbers, numbers + counts.numel()});
 }
 
 }  // namespace
@@ -164,6 +190,7 @@ STABLE_TORCH_LIBRARY_IMPL(layer_collapse, CPU, m) {
   m.impl("magnitude_histogram", TORCH_BOX(&magnitude_histogram));
   m.impl("magnitude_shares", TORCH_BOX(&magnitude_shares));
   m.impl("magnitude_prune_", TORCH_BOX(&magnitude_prune_));
+  m.impl("magnitude_prune_.on_device", TORCH_BOX(&magnitude_prune_on_device));
 }
 
 }  // namespace layer_collapse

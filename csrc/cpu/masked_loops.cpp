@@ -1,163 +1,17 @@
-// The loops of masked_step.h: one pass over each weight and its state, a cache line at a time;
-// lines without an alive weight are skipped (line_walk.h, masked_rules.h).
-//
-// Mask bits count logical indices. A tensor whose memory has another order (channels_last) is
-// walked along its memory, and its mask words are gathered into that order a few at a time, so
-// neither the weights nor the mask are ever copied.
-#include <array>
-#include <cmath>
-#include <variant>
-
-#include "cpu/line_walk.h"
-#include "cpu/masked_rules.h"
+// The loops of masked_step.h on the machine that this is.
+#include "cpu/machine.h"
 #include "cpu/masked_step.h"
 
 namespace layer_collapse {
-namespace {
-
-#define LC_RULE(Rule)                                                                      \
-  LC_CLONES void run(const Rule& rule, const uint32_t* words, int64_t first, int64_t last, \
-                     int64_t numel) {                                                      \
-    walk_lines(rule, words, first, last, numel);                                           \
-  }
-LC_RULE(SgdRule<float>)
-LC_RULE(SgdRule<double>)
-LC_RULE(SgdRule<BFloat16>)
-LC_RULE(SgdRule<Half>)
-LC_RULE(AdamWRule<float>)
-LC_RULE(AdamWRule<double>)
-LC_RULE(AdamWRule<BFloat16>)
-LC_RULE(AdamWRule<Half>)
-LC_RULE(ZeroRule<uint16_t>)
-LC_RULE(ZeroRule<uint32_t>)
-LC_RULE(ZeroRule<uint64_t>)
-#undef LC_RULE
-
-template <template <typename> class Rule>
-using RuleOf = std::variant<Rule<float>, Rule<double>, Rule<BFloat16>, Rule<Half>>;
-
-// Words begin .. end of the mask in the memory order of its tensor, into words[end - begin] zeros.
-void gather_words(const MaskedTensor& tensor, int64_t begin, int64_t end, uint32_t* words) {
-  const int64_t base = begin * kWordBits;
-  const int64_t count = std::min(end * kWordBits, tensor.numel) - base;
-  tensor.walk.stretches(base, count,
-                        [&](int64_t j, int64_t logical, int64_t length, int64_t stride) {
-                          uint32_t* word = words + j / kWordBits;
-                          int64_t filled = j % kWordBits;
-                          uint64_t pending = 0;
-                          StridedBits(stride).run(tensor.words, mask_words(tensor.numel), logical,
-                                                  length, [&](uint32_t bits, int64_t taken) {
-                                                    pending |= uint64_t{bits} << filled;
-                                                    filled += taken;
-                                                    if (filled < kWordBits) return;
-                                                    *word++ |= static_cast<uint32_t>(pending);
-                                                    pending >>= kWordBits;
-                                                    filled -= kWordBits;
-                                                  });
-                          if (filled > 0) *word |= static_cast<uint32_t>(pending);
-                        });
-}
-
-template <typename Rule>
-void run_in_memory_order(const Rule& rule, const MaskedTensor& tensor, int64_t first,
-                         int64_t last) {
-  if (tensor.contiguous || tensor.words == nullptr) {
-    run(rule, tensor.words ? tensor.words + first : nullptr, first, last, tensor.numel);
-    return;
-  }
-  constexpr int64_t kBatch = 1024;  // lines are asked for ahead within a batch only
-  for (int64_t begin = first; begin < last; begin += kBatch) {
-    const int64_t end = std::min(begin + kBatch, last);
-    std::array<uint32_t, kBatch> gathered{};
-    gather_words(tensor, begin, end, gathered.data());
-    run(rule, gathered.data(), begin, end, tensor.numel);
-  }
-}
-
-template <typename Tensors, typename Rules>
-void run_all(const Tensors& tensors, const Rules& rules) {
-  parallel_word_ranges(tensors, [&](std::span<const WordRange> ranges) {
-    for (const auto& [i, first, last] : ranges) {
-      std::visit([&](const auto& rule) { run_in_memory_order(rule, tensors[i], first, last); },
-                 rules[i]);
-    }
-  });
-}
-
-template <typename Real>
-Gradient<Real> make_gradient(std::optional<double> grad_scale, bool maximize) {
-  return {static_cast<Real>(maximize ? -1 : 1), static_cast<Real>(grad_scale.value_or(1)),
-          grad_scale.has_value()};
-}
-
-template <typename Weight>
-SgdRule<Weight> make_rule(const StepTensor& tensor, const SgdOptions& how) {
-  using Real = Compute<Weight>;
-  return {static_cast<Weight*>(tensor.param),    static_cast<const Weight*>(tensor.grad),
-          static_cast<Weight*>(tensor.state[0]), static_cast<Real>(how.lr),
-          static_cast<Real>(how.momentum),       static_cast<Real>(1 - how.dampening),
-          static_cast<Real>(how.weight_decay),   make_gradient<Real>(how.grad_scale, how.maximize),
-          Choice<Real>(how.weight_decay != 0),   Choice<Real>(how.nesterov),
-          Choice<Real>(how.first_step)};
-}
-
-template <typename Weight>
-AdamWRule<Weight> make_rule(const StepTensor& tensor, const AdamWOptions& how) {
-  using Real = Compute<Weight>;
-  const auto state = [&](int i) { return static_cast<Weight*>(tensor.state[i]); };
-  return {static_cast<Weight*>(tensor.param),
-          static_cast<const Weight*>(tensor.grad),
-          state(0),
-          state(1),
-          state(2),
-          static_cast<Real>(how.lr / (1 - std::pow(how.beta1, tensor.step))),
-          static_cast<Real>(std::sqrt(1 - std::pow(how.beta2, tensor.step))),
-          static_cast<Real>(1 - how.lr * how.weight_decay),
-          static_cast<Real>(1 - how.beta1),
-          static_cast<Real>(how.beta2),
-          static_cast<Real>(1 - how.beta2),
-          static_cast<Real>(how.eps),
-          Choice<Real>(static_cast<Real>(1 - how.beta1) < Real{0.5}),
-          make_gradient<Real>(how.grad_scale, how.maximize)};
-}
-
-template <template <typename> class Rule, typename Options>
-void step_all(std::span<const StepTensor> tensors, const Options& how) {
-  std::vector<RuleOf<Rule>> rules;
-  rules.reserve(tensors.size());
-  for (const StepTensor& tensor : tensors) {
-    visit_weight_type(tensor.dtype, [&]<typename Weight>(std::type_identity<Weight>) {
-      rules.push_back(make_rule<Weight>(tensor, how));
-    });
-  }
-  run_all(tensors, rules);
-}
-
-}  // namespace
 
 void sgd_step(std::span<const StepTensor> tensors, const SgdOptions& how) {
-  step_all<SgdRule>(tensors, how);
+  LC_ON_MACHINE(sgd_run(tensors, how))
 }
 
 void adamw_step(std::span<const StepTensor> tensors, const AdamWOptions& how) {
-  step_all<AdamWRule>(tensors, how);
+  LC_ON_MACHINE(adamw_run(tensors, how))
 }
 
-void zero_pruned(std::span<const ZeroTensor> tensors) {
-  std::vector<std::variant<ZeroRule<uint16_t>, ZeroRule<uint32_t>, ZeroRule<uint64_t>>> rules;
-  for (const ZeroTensor& tensor : tensors) {
-    switch (tensor.dtype) {
-      case ScalarType::Double:
-        rules.emplace_back(ZeroRule<uint64_t>{static_cast<uint64_t*>(tensor.data)});
-        break;
-      case ScalarType::Float:
-        rules.emplace_back(ZeroRule<uint32_t>{static_cast<uint32_t*>(tensor.data)});
-        break;
-      default:
-        rules.emplace_back(ZeroRule<uint16_t>{static_cast<uint16_t*>(tensor.data)});
-    }
-  }
-  run_all(tensors, rules);
-}
+void zero_pruned(std::span<const ZeroTensor> tensors) { LC_ON_MACHINE(zero_run(tensors)) }
 
 }  // namespace layer_collapse

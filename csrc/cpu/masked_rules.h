@@ -1,4 +1,5 @@
-// What a masked step does to one cache line of weights. A rule has
+// What a masked step does to one cache line of weights. Part of a machine's code: see masked_run.h.
+// A rule has
 //   Weight                    what the tensor holds
 //   kIdle                     mask bits of a weight that asks for no work: a line of only such
 //                             weights is skipped, its memory untouched
@@ -15,20 +16,21 @@
 #include <bit>
 #include <cmath>
 
-#include "cpu/dispatch.h"
+#include "cpu/halves.h"
 
 namespace layer_collapse {
+namespace LC_MACHINE {
 
 // 1 or 0. An integer: GCC does not vectorise loops that turn a shifted word into a bool.
 LC_INLINE uint32_t is_alive(uint32_t bits, int j) { return (bits >> j) & 1; }
 
 template <typename Real>
-using BitsOf = std::conditional_t<sizeof(Real) == 8, uint64_t, uint32_t>;
+using WordOf = std::conditional_t<sizeof(Real) == 8, uint64_t, uint32_t>;
 
 // value of an alive weight, +0.0 of a pruned one, by masking the bits.
 template <typename Real>
 LC_INLINE Real keep_alive(Real value, uint32_t alive) {
-  using Bits = BitsOf<Real>;
+  using Bits = WordOf<Real>;
   return std::bit_cast<Real>(std::bit_cast<Bits>(value) & (Bits{0} - Bits{alive}));
 }
 
@@ -36,12 +38,12 @@ LC_INLINE Real keep_alive(Real value, uint32_t alive) {
 // once per combination of them.
 template <typename Real>
 struct Choice {
-  BitsOf<Real> mask;  // all ones or 0
+  WordOf<Real> mask;  // all ones or 0
 
-  explicit Choice(bool yes) : mask(yes ? ~BitsOf<Real>{0} : BitsOf<Real>{0}) {}
+  explicit Choice(bool yes) : mask(yes ? ~WordOf<Real>{0} : WordOf<Real>{0}) {}
 
   LC_INLINE Real pick(Real if_yes, Real if_no) const {
-    using Bits = BitsOf<Real>;
+    using Bits = WordOf<Real>;
     return std::bit_cast<Real>((std::bit_cast<Bits>(if_yes) & mask) |
                                (std::bit_cast<Bits>(if_no) & ~mask));
   }
@@ -69,12 +71,14 @@ struct SgdRule {
   using Real = Compute<Weight>;
   static constexpr uint32_t kIdle = 0;
 
-  Weight* param;                          // [numel]
-  const Weight* grad;                     // [numel]
-  Weight* buffer;                         // [numel], nullptr without momentum
-  Real lr, momentum, gain, weight_decay;  // gain = 1 - dampening
+  Weight* param;       // [numel]
+  const Weight* grad;  // [numel]
+  Weight* buffer;      // [numel], nullptr without momentum
+  Real lr, momentum, weight_decay;
+  Real keep, gain;  // of buffer and gradient: momentum and 1 - dampening; 0 and 1 in a first step
+  bool nesterov;
   Gradient<Real> slope_of;
-  Choice<Real> decays, nesterov, first_step;
+  Choice<Real> decays;
 
   LC_INLINE void prefetch(int64_t base) const {
     prefetch_line(param + base);
@@ -82,17 +86,26 @@ struct SgdRule {
     if (buffer) prefetch_line(buffer + base);
   }
 
+  enum class Momentum { none, heavy_ball, nesterov };
+
   LC_INLINE void block(int64_t base, int64_t count, uint32_t bits) const {
-    if (slope_of.scaled)
-      return buffer ? loop<true, true>(base, count, bits) : loop<false, true>(base, count, bits);
-    buffer ? loop<true, false>(base, count, bits) : loop<false, false>(base, count, bits);
+    if (!buffer) return scale<Momentum::none>(base, count, bits);
+    if (nesterov) return scale<Momentum::nesterov>(base, count, bits);
+    scale<Momentum::heavy_ball>(base, count, bits);
   }
 
-  template <bool kMomentum, bool kScaled>
+  template <Momentum kind>
+  LC_INLINE void scale(int64_t base, int64_t count, uint32_t bits) const {
+    slope_of.scaled ? loop<kind, true>(base, count, bits) : loop<kind, false>(base, count, bits);
+  }
+
+  template <Momentum kind, bool kScaled>
   LC_INLINE void loop(int64_t base, int64_t count, uint32_t bits) const {
-    Weight* __restrict__ params = param + base;
-    Weight* __restrict__ buffers = buffer + (kMomentum ? base : 0);
-    const Weight* __restrict__ grads = grad + base;
+    constexpr bool kMomentum = kind != Momentum::none;
+    Numbers<Weight> weights, velocities, slopes;
+    Real* __restrict__ params = weights.open(param + base, count);
+    Real* __restrict__ buffers = kMomentum ? velocities.open(buffer + base, count) : nullptr;
+    const Real* __restrict__ grads = slopes.open(grad + base, count);
 #pragma GCC ivdep  // the tensors never overlap
     for (int j = 0; j < static_cast<int>(count); ++j) {
       const uint32_t alive = is_alive(bits, j);
@@ -101,14 +114,14 @@ struct SgdRule {
       const Real decayed = slope + weight_decay * weight;
       slope = decays.pick(decayed, slope);
       if constexpr (kMomentum) {
-        const Real later = static_cast<Real>(buffers[j]) * momentum + gain * slope;
-        const Real velocity = first_step.pick(slope, later);
-        const Real ahead = slope + momentum * velocity;
+        const Real velocity = buffers[j] * keep + gain * slope;
         buffers[j] = keep_alive<Real>(velocity, alive);
-        slope = nesterov.pick(ahead, velocity);
+        slope = kind == Momentum::nesterov ? slope + momentum * velocity : velocity;
       }
       params[j] = keep_alive<Real>(weight - lr * slope, alive);
     }
+    weights.close(param + base, count);
+    if constexpr (kMomentum) velocities.close(buffer + base, count);
   }
 };
 
@@ -147,15 +160,16 @@ struct AdamWRule {
 
   template <bool kAmsgrad, bool kScaled>
   LC_INLINE void loop(int64_t base, int64_t count, uint32_t bits) const {
-    Weight* __restrict__ params = param + base;
-    Weight* __restrict__ averages = average + base;
-    Weight* __restrict__ squares = square + base;
-    Weight* __restrict__ maxima = maximum + (kAmsgrad ? base : 0);
-    const Weight* __restrict__ grads = grad + base;
+    Numbers<Weight> weights, means, spreads, largests, slopes;
+    Real* __restrict__ params = weights.open(param + base, count);
+    Real* __restrict__ averages = means.open(average + base, count);
+    Real* __restrict__ squares = spreads.open(square + base, count);
+    Real* __restrict__ maxima = kAmsgrad ? largests.open(maximum + base, count) : nullptr;
+    const Real* __restrict__ grads = slopes.open(grad + base, count);
 #pragma GCC ivdep  // the tensors never overlap
     for (int j = 0; j < static_cast<int>(count); ++j) {
       const uint32_t alive = is_alive(bits, j);
-      const Real weight = static_cast<Real>(params[j]) * decay;
+      const Real weight = params[j] * decay;
       const Real slope = slope_of.template at<kScaled>(grads[j]);
       // torch.lerp, which starts from the nearer end.
       const Real before = averages[j];
@@ -163,7 +177,7 @@ struct AdamWRule {
       const Real from_before = before + mix * gap;
       const Real from_slope = slope - gap * (Real{1} - mix);
       const Real mean = near_before.pick(from_before, from_slope);
-      Real spread = static_cast<Real>(squares[j]) * beta2 + square_gain * slope * slope;
+      Real spread = squares[j] * beta2 + square_gain * slope * slope;
       averages[j] = keep_alive<Real>(mean, alive);
       squares[j] = keep_alive<Real>(spread, alive);
       if constexpr (kAmsgrad) {
@@ -174,6 +188,10 @@ struct AdamWRule {
       const Real denominator = std::sqrt(spread) / root_correction + eps;
       params[j] = keep_alive<Real>(weight - step_size * mean / denominator, alive);
     }
+    weights.close(param + base, count);
+    means.close(average + base, count);
+    spreads.close(square + base, count);
+    if constexpr (kAmsgrad) largests.close(maximum + base, count);
   }
 };
 
@@ -195,4 +213,5 @@ struct ZeroRule {
   }
 };
 
+}  // namespace LC_MACHINE
 }  // namespace layer_collapse

@@ -35,7 +35,7 @@ void add_state(const char* op, const char* list, const Tensors& state, const Ten
 void masked_sgd_(Tensors params, Tensors grads, Tensors momentum_buffers, Tensors masks, double lr,
                  double momentum, double dampening, double weight_decay, bool nesterov,
                  bool maximize, bool first_step, std::optional<Tensor> grad_scale,
-                 std::optional<Tensor> found_inf) {
+                 std::optional<Tensor> found_inf, std::optional<Tensor> lr_scale) {
   constexpr const char* kOp = "masked_sgd_";
   Tensors slopes;
   std::vector<StepTensor> tensors = view_step(kOp, params, grads, masks, slopes);
@@ -45,20 +45,23 @@ void masked_sgd_(Tensors params, Tensors grads, Tensors momentum_buffers, Tensor
     check(momentum_buffers.empty(), kOp, ": momentum_buffers must be empty without momentum (got ",
           momentum_buffers.size(), ")");
   }
-  const std::optional<double> scale = read_grad_scale(kOp, grad_scale);
-  if (found_inf && read_scalar(kOp, "found_inf", *found_inf) != 0) return;
+  const std::optional<double> scale = read_optional(kOp, "grad_scale", grad_scale);
+  const double rate = lr * read_optional(kOp, "lr_scale", lr_scale).value_or(1);
+  if (read_optional(kOp, "found_inf", found_inf).value_or(0) != 0) return;
 
   // Skipped lines must hold zeros; before the first step the buffers' memory may hold anything.
   if (first_step) {
     for (Tensor& buffer : momentum_buffers) torch::stable::zero_(buffer);
   }
-  sgd_step(tensors, {lr, momentum, dampening, weight_decay, nesterov, maximize, first_step, scale});
+  sgd_step(tensors,
+           {rate, momentum, dampening, weight_decay, nesterov, maximize, first_step, scale});
 }
 
 void masked_adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
                    Tensors max_exp_avg_sqs, Tensors masks, Tensors steps, double lr, double beta1,
                    double beta2, double eps, double weight_decay, bool maximize,
-                   std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+                   std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+                   std::optional<Tensor> lr_scale) {
   constexpr const char* kOp = "masked_adamw_";
   Tensors slopes;
   std::vector<StepTensor> tensors = view_step(kOp, params, grads, masks, slopes);
@@ -68,14 +71,15 @@ void masked_adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_
     add_state(kOp, "max_exp_avg_sqs", max_exp_avg_sqs, params, 2, tensors);
   }
   check_length(kOp, "steps", steps.size(), params.size());
-  const std::optional<double> scale = read_grad_scale(kOp, grad_scale);
+  const std::optional<double> scale = read_optional(kOp, "grad_scale", grad_scale);
   for (size_t i = 0; i < params.size(); ++i) {
     tensors[i].step = read_scalar(kOp, "steps", steps[i]);
     check(tensors[i].step >= 1, kOp, ": steps[", i, "] must be at least 1 (got ", tensors[i].step,
           ")");
   }
-  if (found_inf && read_scalar(kOp, "found_inf", *found_inf) != 0) return;
-  adamw_step(tensors, {lr, beta1, beta2, eps, weight_decay, maximize, scale});
+  const double rate = lr * read_optional(kOp, "lr_scale", lr_scale).value_or(1);
+  if (read_optional(kOp, "found_inf", found_inf).value_or(0) != 0) return;
+  adamw_step(tensors, {rate, beta1, beta2, eps, weight_decay, maximize, scale});
 }
 
 void apply_masks_(Tensors tensors, Tensors masks) {

@@ -21,7 +21,7 @@ struct StepTensor : MaskedTensor {
 struct SgdOptions {
   double lr, momentum, dampening, weight_decay;
   bool nesterov, maximize;
-  bool first_step;  // the momentum buffers are set to the gradient
+  bool first_step;  // the momentum buffers, all zeros, are set to the gradient
   std::optional<double> grad_scale;
 };
 
@@ -41,5 +41,22 @@ struct ZeroTensor : MaskedTensor {
 
 // Zeroes what is pruned, whatever stood there.
 void zero_pruned(std::span<const ZeroTensor> tensors);
+
+// masked_run.h, once per machine.
+namespace avx512 {
+void sgd_run(std::span<const StepTensor> tensors, const SgdOptions& how);
+void adamw_run(std::span<const StepTensor> tensors, const AdamWOptions& how);
+void zero_run(std::span<const ZeroTensor> tensors);
+}  // namespace avx512
+namespace avx2 {
+void sgd_run(std::span<const StepTensor> tensors, const SgdOptions& how);
+void adamw_run(std::span<const StepTensor> tensors, const AdamWOptions& how);
+void zero_run(std::span<const ZeroTensor> tensors);
+}  // namespace avx2
+namespace baseline {
+void sgd_run(std::span<const StepTensor> tensors, const SgdOptions& how);
+void adamw_run(std::span<const StepTensor> tensors, const AdamWOptions& how);
+void zero_run(std::span<const ZeroTensor> tensors);
+}  // namespace baseline
 
 }  // namespace layer_collapse

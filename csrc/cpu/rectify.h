@@ -4,7 +4,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
-#include <mutex>
 
 #include "core/rectifier.h"
 
@@ -27,11 +26,6 @@ struct RectifyCall {
 // flag is off, nor when autograd replays a forward under activation checkpointing.
 void rectify_dense(const RectifyCall& call);
 
-// The instructions in use: the machine's best, or fewer if LAYER_COLLAPSE_CPU is "avx2" or
-// "baseline" (read once; for tests and for comparing).
-enum class Machine { baseline, avx2, avx512 };
-Machine machine();
-
 // rectify_run.h, once per machine. sums: the counts of the ledger, null when nothing is counted.
 namespace avx512 {
 void rectify_run(const RectifyCall& call, int64_t* sums);
@@ -42,8 +36,5 @@ void rectify_run(const RectifyCall& call, int64_t* sums);
 namespace baseline {
 void rectify_run(const RectifyCall& call, int64_t* sums);
 }
-
-// Held while a ledger is written: one thread adds at a time, also when two run the same model.
-std::mutex& ledger_mutex();
 
 }  // namespace layer_collapse

@@ -10,6 +10,7 @@
 #include <numeric>
 #include <vector>
 
+#include "cpu/ledger_writes.h"
 #include "cpu/rectify.h"
 #include "cpu/rectify_loops.h"
 

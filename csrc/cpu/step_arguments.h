@@ -70,9 +70,10 @@ inline double read_scalar(const char* op, const char* name, const Tensor& value)
          torch::headeronly::toString(value.scalar_type()), ")");
 }
 
-inline std::optional<double> read_grad_scale(const char* op, const std::optional<Tensor>& value) {
+inline std::optional<double> read_optional(const char* op, const char* name,
+                                           const std::optional<Tensor>& value) {
   if (!value) return std::nullopt;
-  return read_scalar(op, "grad_scale", *value);
+  return read_scalar(op, name, *value);
 }
 
 }  // namespace layer_collapse

@@ -20,20 +20,11 @@
 
 namespace layer_collapse {
 
-// Starts kernel(arguments...) on `stream`; returns the cudaError_t, 0 if all is well.
 template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
-           const Arguments&... arguments) {
-  kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(
-      arguments...);
+int launch_grid(void (*kernel)(Parameters...), unsigned blocks, int threads, void* stream,
+                const Arguments&... arguments) {
+  kernel<<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
   return static_cast<int>(cudaGetLastError());
-}
-
-// Copies bytes from the device and waits for them.
-inline int fetch(void* host, const void* device, size_t bytes, void* stream) {
-  const auto queue = static_cast<cudaStream_t>(stream);
-  const cudaError_t copied = cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, queue);
-  return static_cast<int>(copied != cudaSuccess ? copied : cudaStreamSynchronize(queue));
 }
 
 }  // namespace layer_collapse
@@ -54,6 +45,17 @@ inline int fetch(void* host, const void* device, size_t bytes, void* stream) {
 #endif
 
 namespace layer_collapse {
+
+// Starts kernel(arguments...) on `stream`; returns the cudaError_t, 0 if all is well. More blocks
+// than a grid can have are refused before anything is cut off: cudaErrorInvalidConfiguration.
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
+           const Arguments&... arguments) {
+  constexpr int64_t kMostBlocks = INT32_MAX;
+  constexpr int kInvalidConfiguration = 9;
+  if (blocks < 1 || blocks > kMostBlocks) return kInvalidConfiguration;
+  return launch_grid(kernel, static_cast<unsigned>(blocks), threads, stream, arguments...);
+}
 
 inline constexpr int kWarp = 32;
 inline constexpr int kThreads = 256;  // of every block that a launcher starts

@@ -16,7 +16,8 @@ struct LedgerView {
 };
 
 // summary [L][8], bits [N], states [N] as of the op layer_entropies, each written whole. One kernel
-// for up to 160 ledgers. Returns a cudaError_t, 0 for success. threads: a multiple of 32 up to 256.
+// for up to 160 ledgers. Returns a cudaError_t, 0 for success. threads: a power of two from 32 to
+// 256.
 int launch_layer_entropies(const std::vector<LedgerView>& ledgers, double* summary, double* bits,
                            uint8_t* states, int threads, void* stream);
 

@@ -1,9 +1,10 @@
-// magnitude_shares and magnitude_prune_ on CUDA: check, allocate, launch. Both wait for the device
-// once, at their end, because they refuse a k out of range and NaN. Weights that are not contiguous
-// are copied, as ties go by logical index.
+// magnitude_shares and magnitude_prune_ on CUDA: check, allocate, launch. Nothing waits for the
+// device: a number out of range and NaN, which only it knows, are told in a tensor
+// (magnitude_arguments.h) that the caller may read. Weights that are not contiguous are copied, as
+// ties go by logical index.
 #include "cuda/magnitude_select.h"
 
-#include <numeric>
+#include <tuple>
 
 #include "cuda/mask_arguments.h"
 #include "magnitude_arguments.h"
@@ -25,6 +26,10 @@ struct Selecting {
   }
 };
 
+Tensor new_words(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return torch::stable::new_empty(like, sizes, ScalarType::Long);
+}
+
 Selecting selecting(const char* op, const Tensors& weights, const Tensors& masks, bool one_group,
                     void* stream) {
   check_length(op, "masks", masks.size(), weights.size());
@@ -43,25 +48,27 @@ Selecting selecting(const char* op, const Tensors& weights, const Tensors& masks
                                 {data}});
   }
   const int64_t cells = s.selection.groups() * cut_words() + 1;
-  s.selection.cuts = s.own(torch::stable::new_empty(weights[0], {cells}, ScalarType::Long));
+  s.selection.cuts = s.own(new_words(weights[0], {cells}));
   return s;
 }
 
-Tensor new_histograms(const Tensor& like, int64_t groups) {
-  return torch::stable::new_zeros(like, {groups, kHistogramWords}, ScalarType::Long);
-}
-
-Selecting select(const char* op, const Tensors& weights, const Tensors& masks,
-                 const std::vector<int64_t>& wanted, bool one_group, void* stream) {
-  Selecting s = selecting(op, weights, masks, one_group, stream);
-  s.selection.histograms = s.own(new_histograms(weights[0], s.selection.groups()));
-  s.selection.wanted = s.own(to_device(wanted, weights[0]));
+// Finds the cuts of all groups, given how many each is to select.
+void select(const char* op, Selecting& s, const int64_t* wanted, Tensor& info) {
+  s.selection.histograms = s.own(new_words(info, {s.selection.groups(), kHistogramWords}));
+  s.selection.wanted = wanted;
+  s.selection.info = info.mutable_data_ptr<int64_t>();
   check_launch(op, begin_selection(s.selection));
   for (int digit = 0; digit < digits(s.selection.wide); ++digit) {
     check_launch(op, launch_histogram(s.selection, digit));
     check_launch(op, launch_choose(s.selection, digit));
   }
-  return s;
+}
+
+int64_t* on_device(const char* op, Selecting& s, const std::vector<int64_t>& numbers,
+                   const Tensor& like) {
+  auto* target = s.own(new_words(like, {static_cast<int64_t>(numbers.size())}));
+  check_launch(op, launch_numbers(numbers, target, kOpThreads, s.selection.stream));
+  return target;
 }
 
 Tensor magnitude_histogram(Tensors weights, Tensors masks, Tensor prefix, int64_t digit,
@@ -71,58 +78,66 @@ Tensor magnitude_histogram(Tensors weights, Tensors masks, Tensor prefix, int64_
   const OnDevice device(weights[0]);
   Selecting s = selecting(kOp, weights, masks, false, device.stream());
   s.selection.wide = wide;
-  Tensor histograms = new_histograms(weights[0], s.selection.groups());
+  Tensor histograms = new_words(weights[0], {s.selection.groups(), kHistogramWords});
   s.selection.histograms = histograms.mutable_data_ptr<int64_t>();
   check_launch(kOp, begin_at(s.selection, prefix.const_data_ptr<int64_t>()));
   check_launch(kOp, launch_histogram(s.selection, static_cast<int>(digit)));
   return histograms;
 }
 
-Tensor magnitude_shares(Tensors weights, Tensors masks, int64_t k) {
+std::tuple<Tensor, Tensor> magnitude_shares(Tensors weights, Tensors masks, int64_t k) {
   constexpr const char* kOp = "magnitude_shares";
   check(!weights.empty(), kOp, ": weights must hold at least one tensor (got none)");
   const OnDevice device(weights[0]);
-  Selecting s = select(kOp, weights, masks, {k}, true, device.stream());
+  Selecting s = selecting(kOp, weights, masks, true, device.stream());
+  Tensor info = new_words(weights[0], {1, kInfoWords});
+  select(kOp, s, on_device(kOp, s, {k}, info), info);
   const auto count = static_cast<int64_t>(weights.size());
-  Tensor shares = torch::stable::new_empty(weights[0], {count}, ScalarType::Long);
+  Tensor shares = new_words(weights[0], {count});
   auto* totals = s.own(torch::stable::new_zeros(weights[0], {count, 2}, ScalarType::Long));
   check_launch(kOp, launch_shares(s.selection, totals, shares.mutable_data_ptr<int64_t>()));
-  std::vector<FetchedCut> cuts;
-  check_launch(kOp, fetch_cuts(s.selection, cuts));
-  check(k >= 0 && k <= cuts[0].alive, kOp, ": k must lie between 0 and the ", cuts[0].alive,
-        " alive weights (got ", k, ")");
-  check(!cuts[0].failed, kOp, ": alive weights must not be NaN (got NaN in weights[",
-        cuts[0].nan_tensor, "])");
-  return shares;
+  return {shares, info};
 }
 
-void magnitude_prune_(Tensors weights, Tensors masks, std::vector<int64_t> counts) {
+// Clears what the cuts take.
+void clear(const char* op, Selecting& s, const Tensor& like) {
+  std::vector<int64_t> first_tie{0};
+  for (const MaskedData& tensor : s.selection.list) {
+    first_tie.push_back(first_tie.back() + segments(tensor));
+  }
+  auto* ties = s.own(new_words(like, {first_tie.back()}));
+  check_launch(op, launch_clear(s.selection, first_tie, ties));
+}
+
+Tensor magnitude_prune_(Tensors weights, Tensors masks, std::vector<int64_t> counts) {
   constexpr const char* kOp = "magnitude_prune_";
+  check(!weights.empty(), kOp, ": weights must hold at least one tensor (got none)");
   check(counts.size() == weights.size(), kOp, ": counts must hold one number per tensor (got ",
         counts.size(), " for ", weights.size(), ")");
-  if (weights.empty()) return;
   const OnDevice device(weights[0]);
-  Selecting s = select(kOp, weights, masks, counts, false, device.stream());
+  Selecting s = selecting(kOp, weights, masks, false, device.stream());
   for (size_t i = 0; i < weights.size(); ++i) {
     check(counts[i] == 0 || weights[i].numel() == 0 || s.selection.list[i].words != nullptr, kOp,
           ": masks[", i, "] must have bits to clear (got an empty mask)");
   }
-  std::vector<int64_t> bounds{0};
-  for (const MaskedData& tensor : s.selection.list) {
-    bounds.push_back(bounds.back() + segments(tensor));
-  }
-  const auto* places = s.own(to_device(bounds, weights[0]));
-  auto* ties = s.own(torch::stable::new_zeros(weights[0], {bounds.back()}, ScalarType::Long));
-  check_launch(kOp, launch_clear(s.selection, bounds, places, ties));
-  std::vector<FetchedCut> cuts;
-  check_launch(kOp, fetch_cuts(s.selection, cuts));
-  for (size_t i = 0; i < cuts.size(); ++i) {
-    check(counts[i] >= 0 && counts[i] <= cuts[i].alive, kOp, ": counts[", i,
-          "] must lie between 0 and the ", cuts[i].alive, " alive weights (got ", counts[i], ")");
-  }
-  for (size_t i = 0; i < cuts.size(); ++i) {
-    check(!cuts[i].failed, kOp, ": alive weights must not be NaN (got NaN in weights[", i, "])");
-  }
+  Tensor info = new_words(weights[0], {s.selection.groups(), kInfoWords});
+  select(kOp, s, on_device(kOp, s, counts, info), info);
+  clear(kOp, s, info);
+  return info;
+}
+
+Tensor magnitude_prune_on_device(Tensors weights, Tensors masks, Tensor counts) {
+  constexpr const char* kOp = "magnitude_prune_";
+  check(!weights.empty(), kOp, ": weights must hold at least one tensor (got none)");
+  check_counts_on_device(weights, masks, counts);
+  check(same_device(counts, weights[0]), kOp,
+        ": counts must be on the device of the weights (got another device)");
+  const OnDevice device(weights[0]);
+  Selecting s = selecting(kOp, weights, masks, false, device.stream());
+  Tensor info = new_words(weights[0], {s.selection.groups(), kInfoWords});
+  select(kOp, s, counts.const_data_ptr<int64_t>(), info);
+  clear(kOp, s, info);
+  return info;
 }
 
 }  // namespace
@@ -131,6 +146,7 @@ STABLE_TORCH_LIBRARY_IMPL(LC_CUDA_LIBRARY, LC_CUDA_KEY, m) {
   m.impl("magnitude_histogram", TORCH_BOX(&magnitude_histogram));
   m.impl("magnitude_shares", TORCH_BOX(&magnitude_shares));
   m.impl("magnitude_prune_", TORCH_BOX(&magnitude_prune_));
+  m.impl("magnitude_prune_.on_device", TORCH_BOX(&magnitude_prune_on_device));
 }
 
 }  // namespace layer_collapse

@@ -2,25 +2,47 @@
 
 #include <algorithm>
 
-#include "cuda/magnitude_select.cuh"
+#include "cuda/magnitude_cut.cuh"
 #include "cuda/table.h"
 
 namespace layer_collapse {
 namespace {
 
-// cuts [groups], from wanted [groups]. Any number of threads.
+// Numbers that a launch passes as a parameter, at most 4 KB.
+inline constexpr int kNumbers = 480;
+struct Numbers {
+  int64_t number[kNumbers];
+};
+
+// Any number of threads.
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    begin_kernel(Cut* cuts, const int64_t* wanted, int64_t groups, int64_t* failures) {
+    write_numbers(const __grid_constant__ Numbers numbers, int count, int64_t* target) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) target[i] = numbers.number[i];
+}
+
+// histograms [groups][kHistogram] = 0.
+__device__ __forceinline__ void clear_histograms(int64_t* histograms, int64_t groups) {
+  const int64_t first = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = first; i < groups * kHistogram; i += threads) histograms[i] = 0;
+}
+
+// cuts [groups], from wanted [groups]. A thread per group.
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    begin_kernel(Cut* cuts, const int64_t* wanted, int64_t groups, int64_t* histograms,
+                 int64_t* failures) {
   const int64_t group = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (group < groups) cuts[group] = {0, 0, wanted[group], 0, INT64_MAX, 0};
+  if (group < groups) cuts[group] = {0, 0, wanted[group], INT64_MAX, 0};
   if (group == 0) *failures = 0;
+  clear_histograms(histograms, groups);
 }
 
 // The same for a caller who chooses the digits.
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    begin_at_kernel(Cut* cuts, const int64_t* prefix, int64_t groups) {
+    begin_at_kernel(Cut* cuts, const int64_t* prefix, int64_t groups, int64_t* histograms) {
   const int64_t group = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (group < groups) cuts[group] = {static_cast<uint64_t>(*prefix), 0, 1, 0, INT64_MAX, 0};
+  if (group < groups) cuts[group] = {static_cast<uint64_t>(*prefix), 0, 1, INT64_MAX, 0};
+  clear_histograms(histograms, groups);
 }
 
 Cut* cuts_of(const Selection& selection) { return reinterpret_cast<Cut*>(selection.cuts); }
@@ -28,9 +50,12 @@ int64_t* failures_of(const Selection& selection) {
   return selection.cuts + selection.groups() * cut_words();
 }
 
+// Blocks of a histogram: each ends with an atomic per bucket that it has found.
+constexpr int64_t kHistogramBlocks = 384;
+
 // start(table with groups, indices, blocks, type) over the list, by dtype and key.
 template <typename Start>
-int for_each_kind(const Selection& selection, const Start& start) {
+int for_each_kind(const Selection& selection, const Start& start, int64_t most = kTableBlocks) {
   const auto over = [&]<typename T, typename Key>(Dtype dtype, bool wide) {
     if (wide != selection.wide) return 0;
     return for_each_table<kSelectData>(
@@ -40,7 +65,8 @@ int for_each_kind(const Selection& selection, const Start& start) {
             table.group[j] = selection.one_group ? 0 : static_cast<int64_t>(indices[j]);
           }
           return start.template operator()<T, Key>(table, indices, blocks);
-        });
+        },
+        most);
   };
   int error = over.template operator()<double, uint64_t>(Dtype::float64, true);
   if (!error) error = over.template operator()<float, uint64_t>(Dtype::float32, true);
@@ -69,33 +95,47 @@ TensorNames names_of(const std::vector<size_t>& indices) {
 
 int64_t cut_words() { return sizeof(Cut) / sizeof(int64_t); }
 int digits(bool wide) { return wide ? 6 : 3; }
-int64_t segments(const MaskedData& data) {
-  return (mask_words(data.numel) + kSegmentWords - 1) / kSegmentWords;
+int64_t segments(const MaskedData& data) { return segments_of(data.numel); }
+
+int launch_numbers(const std::vector<int64_t>& numbers, int64_t* target, int threads,
+                   void* stream) {
+  for (size_t begin = 0; begin < numbers.size(); begin += kNumbers) {
+    const size_t count = std::min<size_t>(kNumbers, numbers.size() - begin);
+    Numbers some{};
+    std::copy_n(numbers.begin() + static_cast<std::ptrdiff_t>(begin), count, some.number);
+    const int error =
+        launch(write_numbers, 1, threads, stream, some, static_cast<int>(count), target + begin);
+    if (error) return error;
+  }
+  return 0;
 }
 
 int begin_selection(const Selection& s) {
   const int64_t blocks = (s.groups() + s.threads - 1) / s.threads;
   return launch(begin_kernel, blocks, s.threads, s.stream, cuts_of(s), s.wanted, s.groups(),
-                failures_of(s));
+                s.histograms, failures_of(s));
 }
 
 int begin_at(const Selection& s, const int64_t* prefix) {
   const int64_t blocks = (s.groups() + s.threads - 1) / s.threads;
-  return launch(begin_at_kernel, blocks, s.threads, s.stream, cuts_of(s), prefix, s.groups());
+  return launch(begin_at_kernel, blocks, s.threads, s.stream, cuts_of(s), prefix, s.groups(),
+                s.histograms);
 }
 
 int launch_histogram(const Selection& s, int digit) {
   return for_each_kind(
-      s, [&]<typename T, typename Key>(const SelectTable& table, const std::vector<size_t>& indices,
-                                       int64_t blocks) {
+      s,
+      [&]<typename T, typename Key>(const SelectTable& table, const std::vector<size_t>& indices,
+                                    int64_t blocks) {
         return launch(histogram_kernel<T, Key>, blocks, s.threads, s.stream, table,
                       names_of(indices), cuts_of(s), digit_of(s, digit), s.histograms);
-      });
+      },
+      kHistogramBlocks);
 }
 
 int launch_choose(const Selection& s, int digit) {
   return launch(choose_kernel, s.groups(), s.threads, s.stream, cuts_of(s), digit_of(s, digit),
-                s.histograms, failures_of(s));
+                s.histograms, failures_of(s), s.info);
 }
 
 int launch_shares(const Selection& s, int64_t* totals, int64_t* shares) {
@@ -110,8 +150,7 @@ int launch_shares(const Selection& s, int64_t* totals, int64_t* shares) {
                 static_cast<int64_t>(s.list.size()), shares);
 }
 
-int launch_clear(const Selection& s, const std::vector<int64_t>& first_tie, const int64_t* bounds,
-                 int64_t* ties) {
+int launch_clear(const Selection& s, const std::vector<int64_t>& first_tie, int64_t* ties) {
   const auto offsets_of = [&](const std::vector<size_t>& indices) {
     TensorNames offsets{};
     for (size_t j = 0; j < indices.size(); ++j) offsets.number[j] = first_tie[indices[j]];
@@ -124,8 +163,11 @@ int launch_clear(const Selection& s, const std::vector<int64_t>& first_tie, cons
                       cuts_of(s), nullptr, offsets_of(indices), ties);
       });
   if (error) return error;
-  error =
-      launch(scan_kernel, static_cast<int64_t>(s.list.size()), s.threads, s.stream, bounds, ties);
+  error = for_each_kind(s, [&]<typename, typename>(const SelectTable& table,
+                                                   const std::vector<size_t>& indices, int64_t) {
+    return launch(scan_kernel, table.tensors, s.threads, s.stream, table, offsets_of(indices),
+                  cuts_of(s), ties);
+  });
   if (error) return error;
   return for_each_kind(
       s, [&]<typename T, typename Key>(const SelectTable& table, const std::vector<size_t>& indices,
@@ -133,15 +175,6 @@ int launch_clear(const Selection& s, const std::vector<int64_t>& first_tie, cons
         return launch(clear_kernel<T, Key>, blocks, s.threads, s.stream, table, cuts_of(s),
                       failures_of(s), offsets_of(indices), ties);
       });
-}
-
-int fetch_cuts(const Selection& s, std::vector<FetchedCut>& found) {
-  std::vector<Cut> cuts(s.groups());
-  const int error = fetch(cuts.data(), s.cuts, cuts.size() * sizeof(Cut), s.stream);
-  if (error) return error;
-  found.clear();
-  for (const Cut& cut : cuts) found.push_back({cut.alive, cut.nan_tensor, cut.failed != 0});
-  return 0;
 }
 
 }  // namespace layer_collapse

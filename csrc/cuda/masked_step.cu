@@ -1,3 +1,4 @@
+#include "cuda/apply_masks.cuh"
 #include "cuda/masked_step.cuh"
 
 #include "cuda/table.h"
@@ -10,7 +11,8 @@ StepArguments to_arguments(const StepOptions& options) {
           options.weight_decay,
           options.maximize,
           {options.grad_scale.data, options.grad_scale.wide},
-          {options.found_inf.data, options.found_inf.wide}};
+          {options.found_inf.data, options.found_inf.wide},
+          {options.lr_scale.data, options.lr_scale.wide}};
 }
 
 // Starts `kernel` over all tensors of one dtype.

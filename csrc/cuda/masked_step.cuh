@@ -1,4 +1,4 @@
-// Masked optimiser steps over lists of tensors, and what they need of masks.
+// Masked optimiser steps over lists of tensors.
 //
 // A thread takes 16 bytes of weights (one weight where a tensor is not aligned), a warp therefore
 // those of 32 / (32 / values) words; threads whose word is zero load and store nothing, so a warp
@@ -6,7 +6,7 @@
 // invariant: pruned weights and their state are zero before a step.
 #pragma once
 
-#include "cuda/tensor_list.cuh"
+#include "cuda/masked_walk.cuh"
 
 namespace layer_collapse {
 
@@ -25,7 +25,9 @@ struct DeviceScalar {
 struct StepArguments {
   double lr, weight_decay;
   bool maximize;
-  DeviceScalar grad_scale, found_inf;
+  DeviceScalar grad_scale, found_inf, lr_scale;
+
+  __device__ __forceinline__ double rate() const { return lr * lr_scale.get(1.0); }
 };
 
 template <typename Real>
@@ -158,75 +160,7 @@ struct DeviceAdamW {
   __device__ __forceinline__ void prune(int64_t) const {}
 };
 
-// Zeroes what is pruned. Bits: the unsigned integer of the weight's width.
-template <typename Bits>
-struct DeviceZero {
-  Bits* data;
-
-  template <int kValues>
-  __device__ __forceinline__ void block(int64_t place, uint32_t alive) const {
-    if (alive == 0) return prune<kValues>(place);
-    LC_UNROLL
-    for (int i = 0; i < kValues; ++i) {
-      if ((alive >> i & 1) == 0) data[place + i] = 0;
-    }
-  }
-
-  template <int kValues>
-  __device__ __forceinline__ void prune(int64_t place) const {
-    if constexpr (kValues == 1) {
-      data[place] = 0;
-    } else {
-      *reinterpret_cast<uint4*>(data + place) = uint4{};
-    }
-  }
-};
-
-// Runs a rule over this block's words. kValues weights fill 16 bytes; what does not fill them, or
-// is not aligned, is visited weight by weight.
-template <int kValues, typename Rule>
-__device__ __forceinline__ void run_rule(const Rule& rule, const uint32_t* words, int64_t numel,
-                                         int64_t begin, int64_t end, bool aligned) {
-  const int64_t last = end * kWordBits < numel ? end : numel / kWordBits;  // whole words
-  const int64_t whole = aligned ? (last > begin ? last : begin) : begin;
-  walk_words<kValues>(words, numel, begin, whole, [&](uint32_t word, int64_t place) {
-    if (word == 0) {
-      rule.template prune<kValues>(place);
-    } else {
-      constexpr uint32_t kShare = kValues == kWordBits ? ~0U : (1U << kValues) - 1;
-      rule.template block<kValues>(place, word >> place % kWordBits & kShare);
-    }
-  });
-  walk_words<1>(words, numel, whole, end, [&](uint32_t word, int64_t place) {
-    if (place >= numel) return;
-    if (word == 0) {
-      rule.template prune<1>(place);
-    } else {
-      rule.template block<1>(place, word >> place % kWordBits & 1);
-    }
-  });
-}
-
-// Whether all pointers of a tensor allow 16-byte accesses.
-template <int kData>
-__device__ __forceinline__ bool is_aligned(const TensorTable<kData>& table, int tensor, int data) {
-  uintptr_t places = 0;
-  for (int i = 0; i < data; ++i) places |= reinterpret_cast<uintptr_t>(table.data[tensor][i]);
-  return places % sizeof(uint4) == 0;
-}
-
-// The words that this block has of its tensor.
-struct WordRange {
-  int64_t begin, end;
-};
-template <int kData>
-__device__ __forceinline__ WordRange words_of_block(const TensorTable<kData>& table, int tensor) {
-  const int64_t words = mask_words(table.numel[tensor]);
-  const int64_t begin = (blockIdx.x - table.first[tensor]) * table.chunk;
-  return {begin, begin + table.chunk < words ? begin + table.chunk : words};
-}
-
-inline constexpr int kSgdData = 3, kAdamWData = 6, kZeroData = 1;
+inline constexpr int kSgdData = 3, kAdamWData = 6;
 
 template <typename T, bool kMomentum>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
@@ -238,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const DeviceSgd<T, kMomentum> rule{static_cast<T*>(data[0]),
                                      static_cast<const T*>(data[1]),
                                      static_cast<T*>(data[2]),
-                                     static_cast<Real>(a.step.lr),
+                                     static_cast<Real>(a.step.rate()),
                                      static_cast<Real>(a.momentum),
                                      static_cast<Real>(1 - a.dampening),
                                      static_cast<Real>(a.step.weight_decay),
@@ -277,14 +211,15 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
   if (corrections[0] == 0) return;
+  const double rate = a.step.rate();
   const DeviceAdamW<T, kAmsgrad> rule{static_cast<T*>(data[0]),
                                       static_cast<const T*>(data[1]),
                                       static_cast<T*>(data[2]),
                                       static_cast<T*>(data[3]),
                                       static_cast<T*>(data[4]),
-                                      static_cast<Real>(a.step.lr / corrections[0]),
+                                      static_cast<Real>(rate / corrections[0]),
                                       static_cast<Real>(1 / sqrt(corrections[1])),
-                                      static_cast<Real>(1 - a.step.lr * a.step.weight_decay),
+                                      static_cast<Real>(1 - rate * a.step.weight_decay),
                                       static_cast<Real>(1 - a.beta1),
                                       static_cast<Real>(a.beta2),
                                       static_cast<Real>(1 - a.beta2),
@@ -293,52 +228,6 @@ __global__ void __launch_bounds__(kThreads)
   const WordRange range = words_of_block(table, tensor);
   run_rule<kVectorValues<T>>(rule, table.words[tensor], table.numel[tensor], range.begin, range.end,
                              is_aligned(table, tensor, kAmsgrad ? 5 : 4));
-}
-
-template <typename Bits>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    apply_masks(const __grid_constant__ TensorTable<kZeroData> table) {
-  const int tensor = tensor_of(table, blockIdx.x);
-  if (!table.words[tensor]) return;
-  const DeviceZero<Bits> rule{static_cast<Bits*>(table.data[tensor][0])};
-  const WordRange range = words_of_block(table, tensor);
-  run_rule<static_cast<int>(sizeof(uint4) / sizeof(Bits))>(rule, table.words[tensor],
-                                                           table.numel[tensor], range.begin,
-                                                           range.end, is_aligned(table, tensor, 1));
-}
-
-// The order of a tensor's memory: sizes from the slowest dimension, and how far one step in each
-// moves the logical index. Dimensions beyond kMemoryDims must have been merged.
-inline constexpr int kMemoryDims = 8;
-struct MemoryOrder {
-  int dims;
-  int64_t sizes[kMemoryDims], strides[kMemoryDims];
-};
-
-// reordered: the mask of the weights in the order of their memory. A warp per word.
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    reorder_mask(const __grid_constant__ MemoryOrder order, const uint32_t* words, int64_t numel,
-                 uint32_t* reordered) {
-  const int64_t count = mask_words(numel);
-  const int lane = threadIdx.x % kWarp;
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / kWarp);
-  for (int64_t number = blockIdx.x * static_cast<int64_t>(blockDim.x / kWarp) + threadIdx.x / kWarp;
-       number < count; number += warps) {
-    int64_t place = number * kWordBits + lane;
-    bool alive = place < numel;
-    if (alive) {
-      int64_t logical = 0;
-      LC_UNROLL
-      for (int dim = kMemoryDims; dim-- > 0;) {
-        if (dim >= order.dims) continue;
-        logical += place % order.sizes[dim] * order.strides[dim];
-        place /= order.sizes[dim];
-      }
-      alive = (words[logical / kWordBits] >> logical % kWordBits & 1) != 0;
-    }
-    const uint32_t word = __ballot_sync(~0U, alive);
-    if (lane == 0) reordered[number] = word;
-  }
 }
 
 }  // namespace layer_collapse

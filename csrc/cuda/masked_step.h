@@ -26,7 +26,7 @@ struct ScalarArgument {
 struct StepOptions {
   double lr, weight_decay;
   bool maximize;
-  ScalarArgument grad_scale, found_inf;
+  ScalarArgument grad_scale, found_inf, lr_scale;
 };
 struct SgdOptions {
   StepOptions step;
@@ -39,7 +39,7 @@ struct AdamWOptions {
 };
 
 // All return a cudaError_t, 0 for success, and start one kernel per dtype and per table of tensors
-// (58 for SGD, 39 for AdamW, 72 for masks). threads: a multiple of 32 up to 256.
+// (58 for SGD, 39 for AdamW, 72 for masks). threads: a power of two from 32 to 256.
 
 // data: weights, gradients, momentum buffer (or nullptr without momentum).
 int launch_masked_sgd(const std::vector<MaskedData>& list, const SgdOptions& options, int threads,

@@ -1,5 +1,5 @@
 // masked_sgd_, masked_adamw_ and apply_masks_ on CUDA: check, allocate, launch. Numbers that live
-// on the device (grad_scale, found_inf, steps) are read there, so nothing waits.
+// on the device (grad_scale, found_inf, lr_scale, steps) are read there, so nothing waits.
 #include "cuda/masked_step.h"
 
 #include "cpu/step_arguments.h"
@@ -81,7 +81,7 @@ ScalarArgument scalar_of(const char* op, const char* name, const std::optional<T
 void masked_sgd_(Tensors params, Tensors grads, Tensors momentum_buffers, Tensors masks, double lr,
                  double momentum, double dampening, double weight_decay, bool nesterov,
                  bool maximize, bool first_step, std::optional<Tensor> grad_scale,
-                 std::optional<Tensor> found_inf) {
+                 std::optional<Tensor> found_inf, std::optional<Tensor> lr_scale) {
   constexpr const char* kOp = "masked_sgd_";
   if (params.empty()) return;
   const OnDevice device(params[0]);
@@ -97,7 +97,8 @@ void masked_sgd_(Tensors params, Tensors grads, Tensors momentum_buffers, Tensor
   }
   const SgdOptions options{
       {lr, weight_decay, maximize, scalar_of(kOp, "grad_scale", grad_scale, params[0]),
-       scalar_of(kOp, "found_inf", found_inf, params[0])},
+       scalar_of(kOp, "found_inf", found_inf, params[0]),
+       scalar_of(kOp, "lr_scale", lr_scale, params[0])},
       momentum,
       dampening,
       nesterov,
@@ -111,7 +112,8 @@ void masked_sgd_(Tensors params, Tensors grads, Tensors momentum_buffers, Tensor
 void masked_adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
                    Tensors max_exp_avg_sqs, Tensors masks, Tensors steps, double lr, double beta1,
                    double beta2, double eps, double weight_decay, bool maximize,
-                   std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+                   std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+                   std::optional<Tensor> lr_scale) {
   constexpr const char* kOp = "masked_adamw_";
   if (params.empty()) return;
   const OnDevice device(params[0]);
@@ -128,7 +130,8 @@ void masked_adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_
   check_length(kOp, "steps", steps.size(), params.size());
   const AdamWOptions options{
       {lr, weight_decay, maximize, scalar_of(kOp, "grad_scale", grad_scale, params[0]),
-       scalar_of(kOp, "found_inf", found_inf, params[0])},
+       scalar_of(kOp, "found_inf", found_inf, params[0]),
+       scalar_of(kOp, "lr_scale", lr_scale, params[0])},
       beta1,
       beta2,
       eps};

@@ -73,14 +73,4 @@ inline void check_device(const char* op, const char* list, size_t i, const Tenso
         "] must be on the device of the first tensor (got another device)");
 }
 
-// Numbers as an int64 tensor on the device of `like`.
-inline Tensor to_device(const std::vector<int64_t>& numbers, const Tensor& like) {
-  using torch::stable::Device;
-  Tensor host =
-      torch::stable::new_empty(like, {static_cast<int64_t>(numbers.size())}, ScalarType::Long,
-                               std::nullopt, Device(torch::headeronly::DeviceType::CPU));
-  std::copy(numbers.begin(), numbers.end(), host.mutable_data_ptr<int64_t>());
-  return torch::stable::to(host, like.device());
-}
-
 }  // namespace layer_collapse

@@ -6,109 +6,18 @@
 //                     start may have any alignment: values before the first 16-byte boundary and
 //                     after the last one are handled singly.
 //   rectify_channels  inner == 1 (token-major, channels_last). A thread keeps one vector of
-//   channels
-//                     and walks down a range of rows; 16-byte vectors where every row is aligned,
-//                     single values elsewhere.
+//                     channels and walks down a range of rows; 16-byte vectors where every row is
+//                     aligned, single values elsewhere.
 //
 // Threads count in registers, blocks add them up and then to the ledger with one integer atomic per
 // channel and counter. The backward pass is torch's own (threshold_backward and its like), which
 // reads two tensors and writes one: there is nothing left to fuse.
 #pragma once
 
-#include "core/rectifier.h"
 #include "cuda/entropy.cuh"
-#include "cuda/numeric.cuh"
+#include "cuda/rectifiers.cuh"
 
 namespace layer_collapse {
-
-// A rectifier: y of a pack of x, and whether it writes one. slopes(i) is the slope of value i.
-struct DeviceRelu {
-  static constexpr Kind kind = Kind::relu;
-  static constexpr bool kWrites = true;
-  template <typename Pack, typename Slopes>
-  static __device__ __forceinline__ Pack apply(Pack v, const Slopes&) {
-    return rectified(v);
-  }
-};
-struct DeviceRelu6 {
-  static constexpr Kind kind = Kind::relu6;
-  static constexpr bool kWrites = true;
-  template <typename Pack, typename Slopes>
-  static __device__ __forceinline__ Pack apply(Pack v, const Slopes&) {
-    return if_above(v, 6.0F, filled<Pack>(6.0F), rectified(v));
-  }
-};
-struct DeviceLeakyRelu {  // PReLU too
-  static constexpr Kind kind = Kind::leaky_relu;
-  static constexpr bool kWrites = true;
-  template <typename Pack, typename Slopes>
-  static __device__ __forceinline__ Pack apply(Pack v, const Slopes& slopes) {
-    const Pack scaled = transform(v, [&](auto value, int i) { return value * slopes(i); });
-    return if_above(v, 0.0F, v, scaled);
-  }
-};
-// As torch's CUDA kernel rounds: x * min(max(x + 3, 0), 6) * (1 / 6).
-struct DeviceHardswish {
-  static constexpr Kind kind = Kind::hardswish;
-  static constexpr bool kWrites = true;
-  template <typename Pack, typename Slopes>
-  static __device__ __forceinline__ Pack apply(Pack v, const Slopes&) {
-    return transform(v, [](auto value, int) {
-      using Real = decltype(value);
-      Real gate = value + Real(3);
-      gate = gate > Real(0) ? gate : Real(0);  // a NaN value stays one by the product
-      gate = gate < Real(6) ? gate : Real(6);
-      return value * gate * Real(1.0 / 6.0);
-    });
-  }
-};
-// Counts alone, for rectifiers whose output torch computes (GELU, SiLU).
-struct DeviceCountOnly {
-  static constexpr Kind kind = Kind::gelu;
-  static constexpr bool kWrites = false;
-  template <typename Pack, typename Slopes>
-  static __device__ __forceinline__ Pack apply(Pack v, const Slopes&) {
-    return v;
-  }
-};
-
-// Counts a pack in the bits of `keep`, in a counter per row.
-template <typename Rectifier, typename T, int kRows, typename Pack>
-__device__ __forceinline__ void count(Pack v, uint32_t keep, uint32_t (&rows)[kRows]) {
-  const Marks marks = marks_of(v);
-  LC_UNROLL
-  for (int row = 0; row < 3; ++row) tally<T>(rows[row], marks.rows[row] & keep);
-  if constexpr (Rectifier::kind == Kind::relu6) tally<T>(rows[3], mark_above(v, 6.0F) & keep);
-  if constexpr (Rectifier::kind == Kind::hardswish) tally<T>(rows[3], mark_inside(v, 3.0F) & keep);
-}
-
-// Arguments of both kernels. Strides are in elements.
-template <typename T>
-struct RectifyArguments {
-  const T* x;
-  T* y;                  // may be x
-  int64_t* ledger;       // nullptr: do not count (a replay under activation checkpointing)
-  const uint8_t* valid;  // [outer * inner] 0 or 1, in the order of x's storage; or nullptr
-  const T* slopes;       // [C] of a PReLU; or nullptr: `slope` for all
-  double slope;
-  int64_t outer, channels, inner;
-  Kind kind;         // for the live words
-  int lanes;         // planes: threads per row; channels: threads per row of a tile
-  unsigned slices;   // blocks per channel, or per tile of channels
-  int64_t segment;   // planes: elements of a row that one visit takes
-  int64_t segments;  // planes: visits per row
-  int share;         // channels: rows per block
-  int step;          // channels: rows that a block walks at once
-  int64_t stride;    // channels: elements between those
-};
-
-// Vectors of one thread that are loaded before the first is needed, as registers allow.
-template <typename Rectifier, typename T>
-constexpr int batch() {
-  if (LC_BFLOAT16 == 0 && std::is_same_v<T, BFloat16>) return 1;  // computed value by value
-  if (count_rows(Rectifier::kind) > 3) return sizeof(T) == 2 ? 1 : 2;
-  return kOnes<typename Numeric<T>::Pack> ? 4 : 2;
-}
 
 template <typename Rectifier, typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
@@ -180,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     for (int j = lane; j < length - (tail - head); j += a.lanes) {
       const int place = j < head ? j : j + (tail - head);
       Single single = Single::load(x + place);
-      const uint32_t keep = valid ? valid[place] : 1;
+      const uint32_t keep = !valid || valid[place] != 0;
       seen += static_cast<int32_t>(keep);
       visit(single, (0U - keep) & Single::kLanes);
       if constexpr (Rectifier::kWrites) single.store(y + place);
@@ -264,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   }
   LC_NO_UNROLL
   for (; row < last; row += a.step) {
-    const uint32_t keep = a.valid ? a.valid[begin + row] : 1;
+    const uint32_t keep = !a.valid || a.valid[begin + row] != 0;
     seen += static_cast<int32_t>(keep);
     Values values = Values::load(source);
     visit(values, (0U - keep) & Values::kLanes);
@@ -309,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     count_positions(int64_t* ledger, const uint8_t* valid, int64_t positions) {
   int64_t seen[1] = {0};
-  for (int64_t i = threadIdx.x; i < positions; i += blockDim.x) seen[0] += valid ? valid[i] : 1;
+  for (int64_t i = threadIdx.x; i < positions; i += blockDim.x) seen[0] += !valid || valid[i] != 0;
   block_sums(seen);
   if (threadIdx.x == 0 && (ledger[kFlags] & kCount) != 0) add_to(ledger + kPositions, seen[0]);
 }

@@ -19,7 +19,7 @@ struct RectifyLaunch {
   int64_t outer, channels, inner;  // x and y in the order of their storage, without gaps
   Dtype dtype;
   Kind kind;
-  int threads;  // of a block, a multiple of 32 up to 256
+  int threads;  // of a block, a power of two from 32 to 256
 };
 
 // y = rectifier(x); counts unless the ledger's flags forbid it; the live words if they ask for it.

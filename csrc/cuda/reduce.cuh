@@ -39,7 +39,8 @@ __device__ __forceinline__ void block_sums(T (&values)[n]) {
 }
 
 // Whether this is the last block of the grid to get here; what the others wrote before is visible
-// to it. *ticket must be 0 before the launch, and is 0 again afterwards.
+// to it. *ticket must be 0 before the launch, and is 0 again afterwards. Launches that share a
+// ticket must not overlap: as any tensor that is written, a ledger belongs to one stream at a time.
 __device__ __forceinline__ bool is_last_block(int64_t* ticket) {
   LC_SHARED(bool, last);
   __threadfence();

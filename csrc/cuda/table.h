@@ -14,12 +14,14 @@ inline constexpr int64_t kTableBlocks = 1024;
 inline constexpr int64_t kMinChunk = 64;
 
 // start(table, indices, blocks) for tables of those tensors of the list for which take(tensor);
-// indices[j] is the place in the list of the table's tensor j. Stops at the first error.
+// indices[j] is the place in the list of the table's tensor j. Stops at the first error. most:
+// about how many blocks.
 template <int kData, typename Take, typename Start>
-int for_each_table(const std::vector<MaskedData>& list, const Take& take, const Start& start) {
+int for_each_table(const std::vector<MaskedData>& list, const Take& take, const Start& start,
+                   int64_t most = kTableBlocks) {
   int64_t words = 0;
   for (const MaskedData& tensor : list) words += mask_words(tensor.numel);
-  const int64_t wanted = (words + kTableBlocks - 1) / kTableBlocks;
+  const int64_t wanted = (words + most - 1) / most;
   TensorTable<kData> table{};
   table.chunk = std::max(kMinChunk, (wanted + 31) / 32 * 32);
   std::vector<size_t> indices;

@@ -292,7 +292,8 @@ def track(
             transpose).
         ignore: names of rectifiers to leave alone.
         live: also let every forward reduce its counters to the layer's entropy as its last step,
-            to be read by :meth:`EntropyTracker.live` at any time.
+            to be read by :meth:`EntropyTracker.live` at any time. On CUDA a module must then run
+            on one stream at a time; counts alone are exact on several.
         fuse_bn: on the CPU, let every ReLU, ReLU6, LeakyReLU and Hardswish that is the only reader
             of a batch norm do the normalisation too, in one pass: faster than the untracked model.
             Outputs, gradients and running statistics then agree with the untracked model's to

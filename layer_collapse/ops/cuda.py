@@ -19,6 +19,7 @@ _OPS = (
     "apply_masks_",
     "magnitude_shares",
     "magnitude_prune_",
+    "magnitude_prune_.on_device",
     "magnitude_histogram",
 )
 _REBUILD = "rebuild with LAYER_COLLAPSE_CUDA=1"

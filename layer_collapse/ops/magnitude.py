@@ -1,15 +1,21 @@
-"""Exact magnitude selection among alive weights: ``magnitude_shares`` and ``magnitude_prune_``;
-``magnitude_histogram`` for selection over the weights of several processes.
+"""Exact magnitude selection among alive weights: ``magnitude_shares`` and ``magnitude_prune_``.
 
 Weights are ordered by (abs(w), tensor, index) as a stable sort would: ties go to the earlier
 tensor, then to the smaller logical index (C order of the shape, whatever the strides). -0.0 equals
 0.0, infinities come last, NaN among alive weights is refused. Nothing is sorted, copied or
-concatenated, and no size is too large. Masks are those of ``layer_collapse.ops.masked_step``.
+concatenated, and no size is too large. Masks are those of ``layer_collapse.ops.masked_step``; where
+weights are spread over processes see ``layer_collapse.ops.magnitude_digits``.
+
+On CUDA nothing waits for the device but :func:`check_selection`, which reads what there is to
+refuse. ``magnitude_shares`` and ``magnitude_prune_`` end with it; ``magnitude_shares_ex`` and
+``magnitude_prune_ex_``, named as in torch.linalg, leave it to the caller, and a CUDA graph can hold
+them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,16 +25,12 @@ from layer_collapse.ops.masked_step import unpack_reference
 from layer_collapse.ops.mutation import bump_versions
 
 __all__ = [
-    "BUCKETS",
-    "DIGIT_BITS",
-    "choose_digit",
-    "digits",
-    "key_bits",
-    "magnitude_histogram",
-    "magnitude_histogram_reference",
+    "check_selection",
     "magnitude_prune_",
+    "magnitude_prune_ex_",
     "magnitude_prune_reference",
     "magnitude_shares",
+    "magnitude_shares_ex",
     "magnitude_shares_reference",
 ]
 
@@ -47,15 +49,33 @@ def magnitude_shares(weights: Sequence[Tensor], masks: Sequence[Tensor], k: int)
 
     Raises:
         RuntimeError: k out of range, NaN in an alive weight, or a tensor of wrong dtype or size.
+            To know of the first two this waits for the device.
     """
-    if not weights:
-        raise RuntimeError("magnitude_shares: weights must hold at least one tensor (got none)")
-    shares: Tensor = torch.ops.layer_collapse.magnitude_shares(weights, masks, k)
+    shares, info = magnitude_shares_ex(weights, masks, k)
+    check_selection("magnitude_shares", info)
     return shares
 
 
+def magnitude_shares_ex(
+    weights: Sequence[Tensor], masks: Sequence[Tensor], k: int
+) -> tuple[Tensor, Tensor]:
+    """:func:`magnitude_shares` that does not wait for the device.
+
+    Returns:
+        The shares, all 0 if there is anything to refuse, and ``[1, 3]`` int64 for
+        ``check_selection("magnitude_shares", info)``; both on the device of the weights.
+
+    Raises:
+        RuntimeError: a tensor of wrong dtype or size.
+    """
+    if not weights:
+        raise RuntimeError("magnitude_shares: weights must hold at least one tensor (got none)")
+    shares, info = torch.ops.layer_collapse.magnitude_shares(weights, masks, k)
+    return shares, info
+
+
 def magnitude_prune_(
-    weights: Sequence[Tensor], masks: Sequence[Tensor], counts: Sequence[int]
+    weights: Sequence[Tensor], masks: Sequence[Tensor], counts: Sequence[int] | Tensor
 ) -> None:
     """Clears the mask bits of the ``counts[i]`` smallest alive weights of every tensor i.
 
@@ -64,134 +84,91 @@ def magnitude_prune_(
     Args:
         weights: float32, float64, bfloat16 or float16, any strides; not written.
         masks: ``[ceil(n / 32)]`` int32 each, written; empty ones have no bits to clear.
-        counts: from 0 (leaves that tensor alone, NaN or not) to the alive weights of the tensor.
+        counts: from 0 (leaves that tensor alone, NaN or not) to the alive weights of the tensor;
+            numbers, or ``[len(weights)]`` int64 on the device of the weights, as
+            :func:`magnitude_shares` gives them (then no mask may be empty).
 
     Raises:
         RuntimeError: a count out of range, NaN in an alive weight, an empty mask, or a tensor of
-            wrong dtype or size; no mask has changed then.
+            wrong dtype or size; no mask has changed then. To know of the first two this waits for
+            the device.
     """
     if not weights:
         return
-    torch.ops.layer_collapse.magnitude_prune_(weights, masks, counts)
-    bump_versions(masks)
+    check_selection("magnitude_prune_", magnitude_prune_ex_(weights, masks, counts))
 
 
-def magnitude_histogram(
-    weights: Sequence[Tensor], masks: Sequence[Tensor], prefix: Tensor, digit: int, wide: bool
+def magnitude_prune_ex_(
+    weights: Sequence[Tensor], masks: Sequence[Tensor], counts: Sequence[int] | Tensor
 ) -> Tensor:
-    """Alive weights of every tensor by one digit of abs(w), for a radix selection.
+    """:func:`magnitude_prune_` that does not wait for the device.
 
-    The bits of abs(w), 31 of float32 or, if ``wide``, 63 of float64, order numbers as unsigned
-    integers do. They are read in digits of 11 bits from the top, the last one having fewer. Counted
-    are the weights whose digits before this one are ``prefix``. Histograms of several processes add
-    up (all-reduce) to that of all their weights, from which :func:`choose_digit` takes the next
-    digit of the k-th smallest, without waiting for the device::
-
-        prefix, left = torch.zeros(1, dtype=torch.int64), torch.tensor([k])
-        for digit in range(6 if wide else 3):
-            histogram = magnitude_histogram(weights, masks, prefix, digit, wide).sum(0)
-            torch.distributed.all_reduce(histogram)
-            prefix, left = choose_digit(histogram, prefix, left, digit, wide)
-
-    ``prefix`` ends as the bits of the k-th smallest abs(w), and ``left`` as how many weights that
-    are equal to it belong to the k smallest. The first histogram tells whether there are k weights
-    and whether any is NaN; both are for the caller to refuse.
+    With the shares of :func:`magnitude_shares_ex` as counts, a whole global pruning stays on it.
 
     Args:
-        weights, masks: as for :func:`magnitude_shares`.
-        prefix: ``[1]`` int64 on the device of the weights.
-        digit: from 0 to 2, if ``wide`` to 5.
-        wide: must be true if any process has a float64 tensor.
+        weights: at least one tensor.
 
     Returns:
-        ``[len(weights), 2049]`` int64: 2048 buckets, then how many of the counted weights are NaN.
+        ``[len(weights), 3]`` int64 on the device of the weights, for
+        ``check_selection("magnitude_prune_", info)``; no mask has changed if it refuses any.
 
     Raises:
-        RuntimeError: a digit out of range, float64 without ``wide``, or a tensor of wrong dtype or
-            size.
+        RuntimeError: no weights, an empty mask, or a tensor of wrong dtype or size.
     """
     if not weights:
-        raise RuntimeError("magnitude_histogram: weights must hold at least one tensor (got none)")
-    histogram: Tensor = torch.ops.layer_collapse.magnitude_histogram(
-        weights, masks, prefix, digit, wide
-    )
-    return histogram
+        raise RuntimeError("magnitude_prune_: weights must hold at least one tensor (got none)")
+    info: Tensor
+    if isinstance(counts, Tensor):
+        info = torch.ops.layer_collapse.magnitude_prune_.on_device(weights, masks, counts)
+    else:
+        info = torch.ops.layer_collapse.magnitude_prune_.default(weights, masks, counts)
+    bump_versions(masks)
+    return info
 
 
-def choose_digit(
-    histogram: Tensor, prefix: Tensor, left: Tensor, digit: int, wide: bool
-) -> tuple[Tensor, Tensor]:
-    """The prefix with the digit of the ``left``-th smallest, and its rank in that bucket.
+def check_selection(op: str, info: Tensor) -> None:
+    """Raises what a selection has to refuse. Reads the device, so it waits for what runs on it.
 
     Args:
-        histogram: ``[2049]`` int64, of all weights that are selected from.
-        prefix, left: ``[1]`` int64.
+        op: who speaks, and of what: ``magnitude_shares`` of k, ``magnitude_prune_`` of counts.
+        info: ``[groups, 3]`` int64, per number to select: that number, the alive weights that it is
+            selected from (0 if the number is 0), the first tensor with an alive NaN or -1.
+
+    Raises:
+        RuntimeError: a number out of range, or NaN in an alive weight.
     """
-    upto = histogram[:BUCKETS].cumsum(0)
-    bucket = (upto < left).sum(0, keepdim=True).clamp_(max=BUCKETS - 1)
-    before = upto[bucket] - histogram[bucket]
-    return (prefix << _digit_bits(digit, wide)) | bucket, left - before
-
-
-#: Of the histogram of one digit of a magnitude.
-DIGIT_BITS = 11
-BUCKETS = 1 << DIGIT_BITS
-
-
-def key_bits(wide: bool) -> int:
-    """Bits of a magnitude: of float64, or of float32."""
-    return 63 if wide else 31
-
-
-def digits(wide: bool) -> int:
-    """Digits of a magnitude."""
-    return -(-key_bits(wide) // DIGIT_BITS)
-
-
-def _digit_bits(digit: int, wide: bool) -> int:
-    return min(DIGIT_BITS, key_bits(wide) - DIGIT_BITS * digit)
-
-
-@torch.library.register_fake("layer_collapse::magnitude_histogram")
-def _histogram_fake(
-    weights: Sequence[Tensor], masks: Sequence[Tensor], prefix: Tensor, digit: int, wide: bool
-) -> Tensor:
-    return weights[0].new_empty((len(weights), BUCKETS + 1), dtype=torch.int64)
+    rows: list[list[int]] = info.tolist()
+    for i, (wanted, alive, _) in enumerate(rows):
+        if not 0 <= wanted <= alive:
+            what = "k" if op == "magnitude_shares" else f"counts[{i}]"
+            raise RuntimeError(
+                f"{op}: {what} must lie between 0 and the {alive} alive weights (got {wanted})"
+            )
+    for _, _, nan in rows:
+        if nan >= 0:
+            raise RuntimeError(f"{op}: alive weights must not be NaN (got NaN in weights[{nan}])")
 
 
 @torch.library.register_fake("layer_collapse::magnitude_shares")
-def _shares_fake(weights: Sequence[Tensor], masks: Sequence[Tensor], k: int) -> Tensor:
-    return weights[0].new_empty((len(weights),), dtype=torch.int64)
+def _shares_fake(
+    weights: Sequence[Tensor], masks: Sequence[Tensor], k: int
+) -> tuple[Tensor, Tensor]:
+    integers = partial(weights[0].new_empty, dtype=torch.int64)
+    return integers((len(weights),)), integers((1, 3))
 
 
 @torch.library.register_fake("layer_collapse::magnitude_prune_")
-def _prune_fake(weights: Sequence[Tensor], masks: Sequence[Tensor], counts: Sequence[int]) -> None:
-    return None
+@torch.library.register_fake("layer_collapse::magnitude_prune_.on_device")
+def _prune_fake(
+    weights: Sequence[Tensor], masks: Sequence[Tensor], counts: Sequence[int] | Tensor
+) -> Tensor:
+    return weights[0].new_empty((len(weights), 3), dtype=torch.int64)
 
 
 def _magnitudes(weight: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
     """|w| as float64 and the alive flags, both [n] in C order."""
     alive = unpack_reference(words, weight.shape).flatten()
     return weight.detach().double().abs().flatten(), alive
-
-
-@torch.no_grad()
-def magnitude_histogram_reference(
-    weights: Sequence[Tensor], masks: Sequence[Tensor], prefix: Tensor, digit: int, wide: bool
-) -> Tensor:
-    """``magnitude_histogram`` in plain PyTorch."""
-    real, integer = (torch.float64, torch.int64) if wide else (torch.float32, torch.int32)
-    low = key_bits(wide) - DIGIT_BITS * digit - _digit_bits(digit, wide)
-    rows = []
-    for weight, words in zip(weights, masks, strict=True):
-        alive = unpack_reference(words, weight.shape)
-        magnitudes = weight.detach()[alive].to(real).abs()
-        digits = magnitudes.view(integer).to(torch.int64) >> low
-        counted = digits >> _digit_bits(digit, wide) == prefix
-        buckets = digits[counted] & ((1 << _digit_bits(digit, wide)) - 1)
-        counts = torch.bincount(buckets, minlength=BUCKETS)
-        rows.append(torch.cat([counts, magnitudes[counted].isnan().sum().view(1)]))
-    return torch.stack(rows)
 
 
 @torch.no_grad()

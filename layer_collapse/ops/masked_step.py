@@ -40,7 +40,7 @@ def masked_sgd_(
     momentum_buffers: Sequence[Tensor],
     masks: Sequence[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     momentum: float = 0.0,
     dampening: float = 0.0,
     weight_decay: float = 0.0,
@@ -57,6 +57,7 @@ def masked_sgd_(
         grads: gradients, shape and dtype of their weights.
         momentum_buffers: written; must be empty iff ``momentum`` is 0.
         masks: ``[ceil(n / 32)]`` int32 each, or empty.
+        lr: a number, or one float in a tensor on the weights' device, which a graph reads anew.
         first_step: the buffers are set to the gradient, whatever they held.
         grad_scale: one float; gradients are divided by it (and stay as they are).
         found_inf: one float; anything but 0 leaves all tensors unchanged.
@@ -67,12 +68,13 @@ def masked_sgd_(
     """
     if not params:
         return
+    rate, scale = _rate(lr)
     torch.ops.layer_collapse.masked_sgd_(
         _parts(params),
         _parts(grads),
         _parts(momentum_buffers),
         masks,
-        lr,
+        rate,
         momentum,
         dampening,
         weight_decay,
@@ -81,6 +83,7 @@ def masked_sgd_(
         first_step,
         grad_scale,
         found_inf,
+        scale,
     )
     bump_versions(params, momentum_buffers)
 
@@ -94,7 +97,7 @@ def masked_adamw_(
     masks: Sequence[Tensor],
     steps: Sequence[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
@@ -113,6 +116,7 @@ def masked_adamw_(
         grads: gradients, shape and dtype of their weights.
         exp_avgs, exp_avg_sqs, max_exp_avg_sqs: state, written.
         masks: ``[ceil(n / 32)]`` int32 each, or empty.
+        lr: a number, or one float in a tensor on the weights' device, which a graph reads anew.
         steps: one float32 or float64 number each: which step this is, from 1; not written.
         grad_scale: one float; gradients are divided by it (and stay as they are).
         found_inf: one float; anything but 0 leaves all tensors unchanged.
@@ -123,6 +127,7 @@ def masked_adamw_(
     """
     if not params:
         return
+    rate, scale = _rate(lr)
     torch.ops.layer_collapse.masked_adamw_(
         _parts(params),
         _parts(grads),
@@ -131,7 +136,7 @@ def masked_adamw_(
         _parts(max_exp_avg_sqs),
         masks,
         steps,
-        lr,
+        rate,
         beta1,
         beta2,
         eps,
@@ -139,6 +144,7 @@ def masked_adamw_(
         maximize,
         grad_scale,
         found_inf,
+        scale,
     )
     bump_versions(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
 
@@ -154,6 +160,11 @@ def apply_masks_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         return
     torch.ops.layer_collapse.apply_masks_(_parts(tensors), masks)
     bump_versions(tensors)
+
+
+def _rate(lr: float | Tensor) -> tuple[float, Tensor | None]:
+    """The op's ``lr`` and ``lr_scale``; their product is the rate."""
+    return (1.0, lr) if isinstance(lr, Tensor) else (lr, None)
 
 
 def _parts(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -198,7 +209,7 @@ def masked_sgd_reference(
     momentum_buffers: Sequence[Tensor],
     masks: Sequence[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     momentum: float = 0.0,
     dampening: float = 0.0,
     weight_decay: float = 0.0,
@@ -211,6 +222,7 @@ def masked_sgd_reference(
     """``masked_sgd_`` in plain PyTorch."""
     if found_inf is not None and found_inf.item() != 0:
         return
+    lr = float(lr)
     for i, param in enumerate(params):
         alive = unpack_reference(masks[i], param.shape)
         weight, slope = _wide(param), _slope(grads[i], maximize, grad_scale)
@@ -235,7 +247,7 @@ def masked_adamw_reference(
     masks: Sequence[Tensor],
     steps: Sequence[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
@@ -247,6 +259,7 @@ def masked_adamw_reference(
     """``masked_adamw_`` in plain PyTorch."""
     if found_inf is not None and found_inf.item() != 0:
         return
+    lr = float(lr)
     for i, param in enumerate(params):
         step = steps[i].item()
         alive = unpack_reference(masks[i], param.shape)

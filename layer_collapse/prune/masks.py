@@ -45,7 +45,8 @@ class Masks(MaskBits):
         """How many of the k smallest alive weights over ``names`` (default: all) lie in each.
 
         Global magnitude pruning is ``masks.prune_(masks.shares(k))``: exactly k weights go, by
-        (abs(w), order of the names, index).
+        (abs(w), order of the names, index). On CUDA both wait for the device, as they count alive
+        weights; ``layer_collapse.ops.magnitude`` has what does not.
 
         Raises:
             KeyError: an unknown name.

@@ -25,7 +25,7 @@ class MaskedSGD(MaskedOptimizer):
 
     Args:
         params: parameters or groups, as for any optimiser; those without a mask are dense.
-        lr: number or one-element tensor.
+        lr: number, or one-element tensor, which a compiled step reads anew under a schedule.
         momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
         masks: covers some of the parameters.
 
@@ -92,7 +92,7 @@ class MaskedSGD(MaskedOptimizer):
                 [_grad(p) for p in some],
                 [self.state[p]["momentum_buffer"] for p in some] if momentum != 0 else [],
                 [masks[i] for i in chosen],
-                lr=float(group["lr"]),
+                lr=_rate(group["lr"], parameters[0].device),
                 momentum=momentum,
                 dampening=float(group["dampening"]),
                 weight_decay=float(group["weight_decay"]),
@@ -128,7 +128,7 @@ class MaskedAdamW(MaskedOptimizer):
 
     Args:
         params: parameters or groups, as for any optimiser; those without a mask are dense.
-        lr: number or one-element tensor.
+        lr: number, or one-element tensor, which a compiled step reads anew under a schedule.
         betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW.
         masks: covers some of the parameters.
 
@@ -196,7 +196,7 @@ class MaskedAdamW(MaskedOptimizer):
                 [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
                 masks,
                 steps,
-                lr=float(group["lr"]),
+                lr=_rate(group["lr"], parameters[0].device),
                 beta1=float(group["betas"][0]),
                 beta2=float(group["betas"][1]),
                 eps=float(group["eps"]),
@@ -269,6 +269,11 @@ def keep_pruned(optimizer: Optimizer, masks: Masks) -> RemovableHandle:
         apply_masks_(tensors, words)
 
     return optimizer.register_step_post_hook(clear)
+
+
+def _rate(lr: float | Tensor, device: torch.device) -> float | Tensor:
+    """A tensor stays one: a graph reads it anew, and a GPU's step does not wait for it."""
+    return lr.to(device) if isinstance(lr, Tensor) else float(lr)
 
 
 def _grad(parameter: Tensor) -> Tensor:

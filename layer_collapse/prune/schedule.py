@@ -41,16 +41,15 @@ class Rounds:
         self.tracker: EntropyTracker | None = None
         self._handles: list[RemovableHandle] = []
         self._saved: dict[str, Tensor] = {}
+        self._started = False
 
     def start(self, model: nn.Module, optimizers: Iterable[Optimizer], inputs: Any) -> None:
-        """Before the first step, with the weights that training begins from."""
+        """Before the first step; on all processes, once model and optimisers are spread."""
         self.tracker = track(model, inputs)
         self.masks = Masks(candidate_weights(model, self.tracker.sites))
-        if self._saved:
-            self.masks.load_words(without_prefix("masks/", self._saved))
-            if _everyone() is None or dist.get_rank() == 0:  # one process has the sum, others none
-                self.tracker.load_state_dict(without_prefix("counts/", self._saved))
         self._handles = [keep_pruned(optimizer, self.masks) for optimizer in optimizers]
+        self._started = True
+        self._restore()
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
         """After ``epoch`` epochs; on all processes. Returns what :meth:`scalars` says of them."""
@@ -61,6 +60,8 @@ class Rounds:
             report = self.tracker.entropy(group)
             model, sites = self.tracker.model, self.tracker.sites
             prune_round(model, self.masks, report, sites, self.fraction, **self.options)
+            if group is not None:
+                self.masks.check_ranks()
         if epoch % self.every == 0:
             self.tracker.reset()
         return scalars
@@ -76,6 +77,7 @@ class Rounds:
             self.tracker.remove()
         for handle in self._handles:
             handle.remove()
+        self._started = False
 
     def tensors(self) -> dict[str, Tensor]:
         """Masks, and counts of all processes together, for a checkpoint; on all processes."""
@@ -90,8 +92,29 @@ class Rounds:
         return with_prefix("counts/", counts) | with_prefix("masks/", masks)
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """What :meth:`start` goes on from, once the model has its weights back."""
+        """Goes on from :meth:`tensors`, before :meth:`start` or after it.
+
+        After it the model must have its weights back, as pruned ones are set to zero then.
+
+        Raises:
+            ValueError: they are of another model.
+        """
         self._saved = dict(tensors)
+        self._restore()
+
+    def _restore(self) -> None:
+        if not self._saved or not self._started or self.tracker is None:
+            return
+        masks = without_prefix("masks/", self._saved)
+        if odd := sorted(set(masks) ^ set(self.masks.names)):
+            raise ValueError(
+                "the checkpoint's masks belong to another model: parameters differ "
+                f"({odd[0]!r:.80}); resume with the model that it was saved from"
+            )
+        self.tracker.load_state_dict(without_prefix("counts/", self._saved))
+        if _everyone() is not None and dist.get_rank() != 0:
+            self.tracker.reset()  # one process has the sum, the others none
+        self.masks.load_words(masks)
 
 
 def _everyone() -> Group:

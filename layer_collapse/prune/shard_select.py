@@ -16,13 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.magnitude import (
-    BUCKETS,
-    DIGIT_BITS,
-    key_bits,
-    magnitude_histogram,
-    magnitude_prune_,
-)
+from ..ops.magnitude import magnitude_prune_
+from ..ops.magnitude_digits import BUCKETS, DIGIT_BITS, key_bits, magnitude_histogram
 from ..ops.masked_step import unpack_reference
 from ..sharding import global_index, local, sum_over_shards
 

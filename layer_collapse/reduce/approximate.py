@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from ..measure.scan import Batch, call_model
 from ..measure.sites import Site, find_sites
 from ..measure.valid import positions_mask
 from .gate import AffineGate
+from .holdings import own_copy
 
 Valid = Callable[[Batch], Tensor]
 
@@ -122,7 +122,7 @@ def fit_gates(
     Raises:
         ValueError: an unknown name, no position was measured, or ``data`` can be read only once.
     """
-    graph = trace(copy.deepcopy(model).eval(), example_inputs)
+    graph = trace(own_copy(model).eval(), example_inputs)
     sites = {site.node: site for site in find_sites(graph)}
     known = {site.name for site in sites.values()}
     if unknown := set(names or ()) - known:

@@ -6,7 +6,6 @@ changes the function, by as much as the user allows and by as much as the result
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from ..graph import ExampleInputs, ordered_inputs, record_shapes, trace, trainin
 from ..measure.scan import Batch, call_model, logits_of
 from .branches import Branch, branches
 from .gate import ConstantBias
-from .holdings import remove_dead
+from .holdings import own_copy, remove_dead
 from .refresh import refresh_batch_norm
 
 
@@ -126,7 +125,7 @@ def remove_blocks(
             "remove_blocks: expected data that can be iterated again (got an iterator); pass a "
             "list or a DataLoader"
         )
-    copied = copy.deepcopy(model).eval()
+    copied = own_copy(model).eval()
     refreshed = refresh_batch_norm(copied, data) if refresh else []
     if isinstance(copied, fx.GraphModule):
         record_shapes(copied, example_inputs)

@@ -5,14 +5,13 @@ Channels that meet in a sum or a product are one *class*, which leaves as a whol
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
-from .layers import CONV, stored_weight
+from .layers import CONV, unread
 from .layouts import Layouts
 from .uniform import Layout
 from .work import Work
@@ -80,13 +79,6 @@ def _classified(work: Work) -> Channels:
         removable=removable,
         reasons=[*found.fixed, *found.borders, *late],
     )
-
-
-def unread(layer: nn.Module) -> Tensor:
-    """[in] bool: columns of a Linear or Conv that are zero."""
-    weight, groups = stored_weight(layer), int(getattr(layer, "groups", 1))
-    blocks = weight.reshape(groups, -1, weight.shape[1], math.prod(weight.shape[2:]))
-    return ~blocks.any(dim=1).any(dim=2).flatten()  # no copy of the weight, not even of bools
 
 
 def _components(count: int, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:

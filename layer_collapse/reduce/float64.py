@@ -20,6 +20,7 @@ from .holdings import tensors
 
 #: Elements of one weight that are float64 at a time: 8 MiB.
 BLOCK = 2**20
+_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -32,14 +33,28 @@ def widened(value: Any) -> Any:
     return tree_map(lambda leaf: wide(leaf) if isinstance(leaf, Tensor) else leaf, value)
 
 
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a module is one of torch's quantised ones, which take float32 alone."""
+    return ".quantized." in type(module).__module__
+
+
+def _narrowed(value: Any) -> Any:
+    def narrow(leaf: Any) -> Any:
+        return leaf.float() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return tree_map(narrow, value)
+
+
 def call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Any:
     """``module(*args, **kwargs)`` as if it were float64; nothing of that is left behind.
 
     Args:
-        module: weights of any dtype; a plain Linear runs in blocks of rows, a plain Embedding looks
-            up first and widens then.
+        module: weights of any dtype; a plain Linear or ungrouped convolution runs in blocks of
+            rows, a plain Embedding looks up first and widens then.
     """
     kwargs = kwargs or {}
+    if is_quantised(module):
+        return widened(module(*_narrowed(args), **_narrowed(kwargs)))
     held = tensors(module)
     lower = {n: t for n, t in held.items() if t.is_floating_point() and t.dtype != torch.float64}
     if not lower:
@@ -47,8 +62,12 @@ def call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | Non
     plain = not (module._forward_hooks or module._forward_pre_hooks or kwargs)
     if plain and type(module) is nn.Embedding and module.max_norm is None:
         return wide(module(*args))
-    if plain and type(module) is nn.Linear and module.weight.numel() > BLOCK:
+    weight = held.get("weight")
+    large = plain and weight is not None and weight.numel() > BLOCK
+    if large and type(module) is nn.Linear:
         return _linear(args[0], module.weight, module.bias)
+    if large and type(module) in _CONV and module.groups == 1:
+        return _convolution(args[0], module)
     values = {name: wide(tensor) for name, tensor in lower.items()}
     return functional_call(module, values, tuple(args), dict(kwargs))
 
@@ -59,6 +78,23 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     for rows in blocks(weight):
         out[..., rows] = F.linear(x, wide(weight[rows]))
     return out if bias is None else out.add_(wide(bias))
+
+
+def _convolution(x: Tensor, conv: Any) -> Tensor:
+    """Some output channels at a time; padding of any mode stays the layer's own business."""
+    out: Tensor | None = None
+    dim = 1 - conv.weight.ndim  # of the channels: [N, C, ...] or [C, ...]
+    for rows in blocks(conv.weight):
+        some = conv._conv_forward(x, wide(conv.weight[rows]), None)
+        if out is None:
+            shape = list(some.shape)
+            shape[dim] = len(conv.weight)
+            out = some.new_empty(shape)
+        out.narrow(dim, rows.start, some.shape[dim]).copy_(some)
+    assert out is not None
+    if conv.bias is not None:
+        out += wide(conv.bias).view(-1, *[1] * (conv.weight.ndim - 2))
+    return out
 
 
 def blocks(weight: Tensor) -> Iterator[slice]:

@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from ..graph import (
 from . import proof, rules
 from .chains import pays_with_more
 from .gate import FixedSize
-from .holdings import disown, remove_dead, sharing_copy
+from .holdings import disown, remove_dead, sharing_copy, tensors
 from .latency import Stopwatch, in_turns
 from .plan import Plan, Slower
 from .proof import FoldError
@@ -133,7 +134,8 @@ def fold(
         reason = "nothing leads around this layer: without it the output is a constant"
         report.folds, report.refusals = [], [Refusal(str(place.target), "cut", reason)]
         return FoldResult(_finished(graph, model), report)
-    sized = work.sized
+    exported = report.traced_by == "export"  # the example's sizes are numbers in such a graph
+    sized = work.sized or exported
     folded = work.finished()
     report.proven = prove
     if report.folds:  # else it is the same graph on the same weights: there is nothing to compare
@@ -141,7 +143,7 @@ def fold(
             _prove_end_to_end(graph, folded, inputs, report, second_size=not sized)
         report.after = size_of(folded, inputs)
     if sized:
-        _guard_sizes(work, 0 if work.fixed else _step(graph))
+        _guard_sizes(work, 0 if work.fixed or exported else _step(graph))
         report.only_sizes = [list(t.shape[1:]) for t in inputs if isinstance(t, Tensor)]
     hidden = graph.meta.get("hidden", {})
     report.refusals += [Refusal(path, "trace", reason) for path, reason in hidden.items()]
@@ -164,6 +166,11 @@ def _traced(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
     with torch.no_grad():
         expected = proof.answer(model, example)
         got = graph(*ordered_inputs(graph, copy.deepcopy(example_inputs)))
+    if proof.has_nan(expected):
+        raise FoldError(
+            f"fold: {type(model).__name__} gives NaN on the example inputs, which equals nothing; "
+            "look for weights or inputs that are not finite"
+        )
     dtypes = [t.dtype for t in model.parameters() if t.is_floating_point()]
     _, error = proof.difference(proof.doubled(got), proof.doubled(expected))
     if not error <= proof.tolerance(dtypes):
@@ -218,7 +225,10 @@ def _apply_rules(work: Work, without: Collection[str]) -> tuple[list[Fold], list
         for name, rule in rules.RULES.items():
             if name in without:
                 continue
-            for node in list(work.module.graph.nodes):
+            nodes = list(work.module.graph.nodes)
+            if name in rules.FIRST:
+                nodes.sort(key=partial(rules.FIRST[name], work))
+            for node in nodes:
                 if node.op == "placeholder" or node._erased:
                     continue
                 place = str(node.target) if node.op == "call_module" else node.name
@@ -251,9 +261,7 @@ def _prove_end_to_end(
 ) -> None:
     reference, candidate = proof.Float64(unfolded), proof.Float64(folded)
     generator = torch.Generator().manual_seed(1)
-    limit = proof.tolerance(
-        [t.dtype for t in unfolded.state_dict().values() if t.is_floating_point()]
-    )
+    limit = proof.tolerance([t.dtype for t in tensors(unfolded).values() if t.is_floating_point()])
     samples = [proof.doubled(inputs), proof.noise(inputs, generator)]
     if second_size and (larger := _larger(inputs)) is not None:
         samples.append(proof.noise(larger, generator))
@@ -296,19 +304,21 @@ def _guard_sizes(work: Work, step: int) -> None:
         if not shape or not node.users:
             continue
         readers, path = list(node.users), free_path(work, "fixed_size")
-        folded.add_submodule(path, FixedSize(shape[1:], step).eval())
+        guard = FixedSize(shape[1:], step, node.meta.get("fixed_batch"))
+        folded.add_submodule(path, guard.eval())
         with folded.graph.inserting_after(node):
-            guard = folded.graph.call_module(path, (node,))
-        guard.meta = dict(node.meta)
+            guarded = folded.graph.call_module(path, (node,))
+        guarded.meta = dict(node.meta)
         for reader in readers:
-            reader.replace_input_with(node, guard)
+            reader.replace_input_with(node, guarded)
     folded.recompile()
 
 
 def _step(graph: fx.GraphModule) -> int:
-    """By what inputs may grow for all strides to end as they do: their product; 0 if not known.
+    """By what inputs may grow for all strides to end as they do; 0 if that is not known.
 
-    Over all dims, so that it is a multiple of what each dim needs.
+    The product over all layers of the least multiple of a layer's strides: whatever dims are
+    permuted between them, it is a multiple of what each dim needs.
     """
     step = 1
     for node in graph.graph.nodes:
@@ -316,7 +326,7 @@ def _step(graph: fx.GraphModule) -> int:
         if module is None and any(part in node.name for part in ("conv", "pool", "unfold")):
             return 0
         stride = getattr(module, "stride", 1)
-        step *= math.prod(stride) if isinstance(stride, tuple) else int(stride or 1)
+        step *= math.lcm(*stride) if isinstance(stride, tuple) else int(stride or 1)
     return step
 
 

@@ -132,17 +132,19 @@ class ConstantBias(nn.Module):
 class FixedSize(nn.Module):
     """Hands its input on if it has the size that a network was folded for, and raises if not.
 
-    Some folds are exact for one input size only and would silently be wrong at another.
+    Some folds are exact for one input size only and would silently be wrong at another, as would
+    graphs of torch.export, which hold the sizes of the example as numbers.
 
     Args:
         shape: of the input without its first dim, the batch.
         step: 0, or by whole multiples of which an image may be larger: folds on which strides must
             end as they did.
+        batch: the only size of the first dim, where that is part of the graph; None: any.
     """
 
-    def __init__(self, shape: Sequence[int], step: int = 0) -> None:
+    def __init__(self, shape: Sequence[int], step: int = 0, batch: int | None = None) -> None:
         super().__init__()
-        self.step = step
+        self.step, self.batch = step, batch
         self.shape = tuple(int(size) for size in shape)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,11 +153,12 @@ class FixedSize(nn.Module):
         Raises:
             ValueError: any other size.
         """
-        if not self._fits(tuple(x.shape[1:])):
+        if self.batch not in (None, x.shape[0]) or not self._fits(tuple(x.shape[1:])):
+            sizes = ["N" if self.batch is None else self.batch, *self.shape]
             larger = f", or larger by multiples of {self.step}," if self.step else ""
             raise ValueError(
                 "this network was folded for inputs of shape "
-                f"[N, {', '.join(map(str, self.shape))}]{larger} only (got {list(x.shape)}); "
+                f"[{', '.join(map(str, sizes))}]{larger} only (got {list(x.shape)}); "
                 "fold again with example inputs of the new size"
             )
         return x
@@ -169,7 +172,8 @@ class FixedSize(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"shape={list(self.shape)}, step={self.step}"
+        batch = "" if self.batch is None else f", batch={self.batch}"
+        return f"shape={list(self.shape)}, step={self.step}{batch}"
 
 
 def smallest_form(value: Tensor, tolerance: float = 1e-12) -> Tensor:

@@ -28,7 +28,22 @@ def attribute(module: nn.Module, path: str) -> Any:
 
 def sharing_copy(module: nn.Module) -> Any:
     """A deep copy, buffers included, whose parameters are the module's own."""
-    return copy.deepcopy(module, {id(p): p for p in module.parameters()})
+    return copy.deepcopy(module, {id(p): p for p in module.parameters()} | _computed(module))
+
+
+def own_copy(module: nn.Module) -> Any:
+    """A deep copy, also of a module whose hooks keep computed tensors in it.
+
+    ``torch.nn.utils.weight_norm`` and ``prune`` do, and torch itself does not copy those.
+    """
+    return copy.deepcopy(module, _computed(module))
+
+
+def _computed(module: nn.Module) -> dict[int, Any]:
+    """What deepcopy should take for tensors that autograd has made, by their id."""
+    held = (value for inside in module.modules() for value in vars(inside).values())
+    made = [value for value in held if isinstance(value, Tensor) and not value.is_leaf]
+    return {id(value): value.detach().clone() for value in made}
 
 
 def disown(module: nn.Module, other: nn.Module) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
 
 from ..graph import BATCH_NORM, WEIGHTED
-from .float64 import by_rows, parts, wide
+from .float64 import blocks, by_rows, parts, wide
 from .gate import AffineGate, ConstantBias
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -213,11 +214,15 @@ def _scaled_rows(module: nn.Module, scale: Tensor) -> Tensor:
 def scaled_columns(module: nn.Module, scale: Tensor) -> Tensor:
     """Weight of a Linear or Conv that reads ``scale * x``: W diag(scale), per group."""
     weight = stored_weight(module)
-    groups = int(getattr(module, "groups", 1))
-    per_group = len(weight) // groups
-    row = scale.reshape(groups, 1, -1).expand(groups, per_group, -1).reshape(len(weight), -1)
-    row = row.reshape(*row.shape, *[1] * (weight.ndim - 2))
-    return by_rows(weight, lambda some, rows: some * row[rows])
+    row = _per_row(scale, module)
+    after = [1] * (weight.ndim - 2)
+    return by_rows(weight, lambda some, rows: some * row[rows].view(*some.shape[:2], *after))
+
+
+def _per_row(columns: Tensor, module: nn.Module) -> Tensor:
+    """[out, in / groups]: what each row of a Linear or Conv reads of one value per column [in]."""
+    rows, groups = len(stored_weight(module)), int(getattr(module, "groups", 1))
+    return columns.reshape(groups, 1, -1).expand(groups, rows // groups, -1).flatten(0, 1)
 
 
 def without_channels(module: nn.Module, keep: Tensor, ndim: int) -> nn.Module:
@@ -279,9 +284,33 @@ def selected(
     return new
 
 
-def constant_rows(module: nn.Module) -> Tensor:
-    """[C] bool: channels of a Linear or Conv whose weights are all zero."""
-    return ~stored_weight(module).flatten(1).any(dim=1)
+def constant_rows(module: nn.Module, live: Tensor | None = None) -> Tensor:
+    """[C] bool: channels of a Linear or Conv whose weights are all zero.
+
+    Args:
+        live: [in] bool, columns that count; by default all of them.
+    """
+    weight = stored_weight(module)
+    found = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
+    for rows in blocks(weight):  # torch reduces through bools, of a large weight too many at once
+        used = weight[rows].flatten(2).any(dim=2) if weight.ndim > 2 else weight[rows] != 0
+        if live is not None:
+            used = used & _per_row(live.to(weight.device), module)[rows]
+        found[rows] = ~used.any(dim=1)
+    return found
+
+
+def unread(module: nn.Module) -> Tensor:
+    """[in] bool: columns of a Linear or Conv that are zero."""
+    weight, groups = stored_weight(module), int(getattr(module, "groups", 1))
+    shape = len(weight) // groups, weight.shape[1], math.prod(weight.shape[2:])
+    per_group = weight.reshape(groups, *shape)
+    if groups > 1:
+        return ~per_group.any(dim=1).any(dim=2).flatten()
+    used = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
+    for rows in blocks(weight):  # as for constant_rows
+        used |= per_group[0, rows].any(dim=0).any(dim=1)
+    return ~used
 
 
 def is_constant(module: nn.Module) -> bool:
@@ -292,5 +321,5 @@ def is_constant(module: nn.Module) -> bool:
         weight = module.weight
         if not isinstance(weight, Tensor) or weight.numel() == 0 or bool(weight[0].any()):
             return False  # most layers have a weight in their first row: no need to read them all
-        return not bool(weight.any())
+        return not any(bool(weight[rows].any()) for rows in blocks(weight))
     return False

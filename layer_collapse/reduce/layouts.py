@@ -8,7 +8,6 @@ see :mod:`.uniform`.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -139,18 +138,16 @@ class Layouts:
         if dim is None:
             return None
         groups, rows = int(getattr(layer, "groups", 1)), constant_rows(layer).cpu()
-        weight = stored_weight(layer).cpu()
+        columns = stored_weight(layer).shape[1]
         x = self.layouts.get(source)
-        if x is not None and (x.dim != dim or len(x.ids) != groups * weight.shape[1]):
+        if x is not None and (x.dim != dim or len(x.ids) != groups * columns):
             self._stay(source, f"{str(node.target)!r} mixes what lies beside them")
             x = None
-        zeros = torch.zeros(len(weight), dtype=torch.float64)
+        zeros = torch.zeros(len(rows), dtype=torch.float64)
         if x is None:
-            return Layout(dim, self._new(len(weight)), rows, zeros)
+            return Layout(dim, self._new(len(rows)), rows, zeros)
         if bool(x.constant.any()):  # rows of which only constants are left
-            taps = math.prod(weight.shape[2:])
-            used = weight.reshape(groups, -1, weight.shape[1], taps).any(dim=3)
-            rows = ~(used & ~x.constant.view(groups, 1, -1)).any(dim=2).flatten()
+            rows = constant_rows(layer, ~x.constant).cpu()
         if groups == len(x.ids) > 1:
             return Layout(dim, x.ids.repeat_interleave(len(rows) // groups), rows, zeros)
         self.reads[node] = x

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from .channels import Channels, unread
+from .channels import Channels
 from .float64 import call
 from .gate import smallest_form
-from .layers import CONV, past_borders, per_channel, with_tensors
+from .layers import CONV, past_borders, per_channel, unread, with_tensors
 from .uniform import Layout
 from .work import Work
 

@@ -25,6 +25,7 @@ from ..ops.rectify import apply_torch
 from ..prune.rounds import CutError
 from .approximate import Fit
 from .gate import AffineGate
+from .holdings import own_copy
 from .move import move_padding
 
 
@@ -220,7 +221,7 @@ def linearize(
         raise CutError(f"the network is cut ({entropy.cut_by}), so its zero entropies mean nothing")
     fits = fits or {}
     exact, approximate, kept = _chosen(entropy, names, tolerance, fits)
-    graph = trace(copy.deepcopy(model), example_inputs)
+    graph = trace(own_copy(model), example_inputs)
     known = tuple(row.name for row in entropy)
     sites = {site.name: site for site in find_sites(graph) if site.name in known}
     nodes = {node.name: node for node in rectifier_nodes(graph)}

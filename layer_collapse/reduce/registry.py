@@ -145,7 +145,7 @@ _FIELDS: Mapping[str, tuple[type[nn.Module], ...]] = {
     _ATTENTION: (nn.MultiheadAttention,),
     "channels channel_dim": (AffineGate,),
     "value_shape": (ConstantBias,),
-    "shape step": (FixedSize,),
+    "shape step batch": (FixedSize,),
     " ".join(f"{part}_{field}" for part in _PARTS for field in _CONV.split()): (RingConv,),
 }
 
@@ -169,7 +169,7 @@ def _kinds() -> dict[str, tuple[str, ...]]:
         "float": "negative_slope alpha beta threshold min_val max_val p dropout k norm_type",
         "sizes": "kernel_size dilation output_padding normalized_shape value_shape shape",
         "text": "approximate padding_mode mode",
-        "none int": "dim padding_idx divisor_override",
+        "none int": "dim padding_idx divisor_override batch",
         "none float": "eps momentum max_norm",
         "none sizes": "output_size size unflattened_size stride",
         "none sizes float": "scale_factor",

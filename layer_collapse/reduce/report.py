@@ -112,8 +112,8 @@ class FoldReport:
     fill in: of the whole model
     (:func:`layer_collapse.reduce.latency.compare`). ``traced_by`` is "fx" or "export" (see
     :func:`layer_collapse.tracing.trace`). ``only_sizes``: shapes of the inputs, without the batch,
-    where a fold holds for these (or for larger ones on which strides end alike) only; the folded
-    network raises ValueError at others.
+    where a fold holds for these (or for larger ones on which strides end alike) only, and always of
+    a graph of torch.export; the folded network raises ValueError at others.
     """
 
     before: Size

@@ -56,12 +56,16 @@ def round_all(module: nn.Module, dtypes: Dtypes, prefix: str = "") -> None:
 
 
 def widen_small(module: nn.Module) -> None:
-    """Buffers and parameters of rank 0 and 1 to float64, in objects of their own."""
+    """Buffers and parameters of rank 0 and 1 to float64, in objects of their own.
+
+    Not those of parametrisations, which compute with tensors of one dtype.
+    """
     buffers = dict(module.named_buffers(remove_duplicate=False))
     made: dict[int, Tensor] = {}
     for name, tensor in tensors(module).items():
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point()
-        if plain and (tensor.ndim < 2 or name in buffers):
+        computes = "parametrizations" in name.split(".")
+        if plain and not computes and (tensor.ndim < 2 or name in buffers):
             new = made.setdefault(id(tensor), like(tensor, wide(tensor)))
             put(module, name, new)
 

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from ..graph import call_counts, carries_data, shape_of, submodule
 from . import proof
+from .float64 import is_quantised
 from .holdings import remove_dead, tensors, tied, writes_into
 from .latency import Stopwatch
 from .plan import Plan, Refused, Slower
@@ -93,6 +94,8 @@ class Work:
             return f"{node.name!r} is not a module"
         if parametrize.is_parametrized(module):
             return f"{path!r} has a parametrisation; remove it first"
+        if is_quantised(module):
+            return f"{path!r} is quantised ({type(module).__name__})"
         if self.hooked(node):
             return f"{path!r} has hooks, which would not run any more; remove them first"
         calls, read = self._uses()

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from .. import checkpoint
 from ..measure.tracker import EntropyTracker
 from ..prune.masks import Masks
-from ..ranks import Group, agree, gathered
-from .folder import check_files, names_of, own_file, publish, read_manifest, sums_of
+from ..ranks import Group
+from .folder import check_files, locked, own_file, publish, read_manifest, remove, sums_of
+from .processes import Processes
 from .run import RunState
 from .tensors import check_content, read_tensors, write_tensors
 from .tree import described, rebuilt, zeros_like
@@ -25,9 +25,9 @@ from .tree import described, rebuilt, zeros_like
 __all__ = ["Checkpoints"]
 
 _NAME = re.compile(r"step-(\d{9,18})")
-_ROOM = "make room or repair it; earlier checkpoints are as they were"
+_ROOM, _KEPT = "make room or repair it", "earlier checkpoints are as they were"
 _OTHER = "build the run as it was saved, or choose another folder"
-_T = TypeVar("_T")
+_SAME = "build the same run on every process"
 
 
 class Checkpoints:
@@ -78,11 +78,7 @@ class Checkpoints:
             raise ValueError(f"Checkpoints: keep must be at least 1 (got {keep})")
         self.folder, self.keep = Path(folder), keep
         self._run = RunState(model, optimizer, masks, tracker, dict(others or {}))
-        self._group = group
-        spread = dist.is_initialized()
-        self._rank = dist.get_rank(group) if spread else 0
-        self._processes = dist.get_world_size(group) if spread else 1
-        self._device = next(model.parameters()).device
+        self._all = Processes(group, next(model.parameters()).device)
 
     def steps(self) -> list[int]:
         """The steps of which there is a checkpoint, in order."""
@@ -101,35 +97,38 @@ class Checkpoints:
             Its folder.
 
         Raises:
-            ValueError: there is one of this step, or the optimiser has not stepped yet.
+            ValueError: there is one of this step or a later one, another run is saving there,
+                processes differ in what they save, or the optimiser has not stepped yet.
             OSError: a process cannot write (disk full, no permission). As for every error, all
                 processes raise the same sentence, and the checkpoints that there were stay.
         """
         target = self._path(step)
         part = target.with_name(f".{target.name}.tmp")
         what = f"cannot save step {step} to {self.folder}"
-        tree, tensors = self._together(what, "", self._run.shared)
-        try:
-            self._together(what, _ROOM, lambda: self._prepare(target, part))
-            self._together(
-                what, _ROOM, lambda: write_tensors(part / "tensors", tensors, self._group)
-            )
-            own = own_file(part, self._rank)
-            self._together(what, _ROOM, lambda: checkpoint.save(own, self._run.own(), {}))
-            sums = self._together(what, _ROOM, lambda: sums_of(part, self._rank))
+        tree, tensors = self._all.together(what, "", self._run.shared)
+        parts = {name: repr(value) for name, value in tree["dict"].items()}
+        parts |= {"the step": str(step), "shapes": repr(described(tensors))}
+        self._all.check_equal(what, parts, _SAME)
+
+        def do(action: Callable[[], Any]) -> Any:
+            return self._all.together(what, _KEPT, action, _ROOM)
+
+        with contextlib.ExitStack() as held:
+            do(lambda: self._prepare(step, part, held))
+            do(lambda: write_tensors(part / "tensors", tensors, self._all.group))
+            own = own_file(part, self._all.rank)
+            do(lambda: checkpoint.save(own, self._run.own(), {}))
+            sums = do(lambda: sums_of(part, self._all.rank))
             manifest = {
                 "step": step,
-                "processes": self._processes,
+                "processes": self._all.count,
                 "state": tree,
                 "tensors": described(tensors),
-                "files": self._everyone(sums),
+                "files": self._all.files(sums),
             }
-            self._together(what, _ROOM, lambda: self._publish(manifest, part, target))
-        except BaseException:
-            if self._rank == 0:
-                shutil.rmtree(part, ignore_errors=True)
-            raise
-        self._together(f"{self.folder}: cannot remove old checkpoints", _ROOM, self._remove_old)
+            do(lambda: self._publish(manifest, part, target))
+            what = f"{self.folder}: cannot remove old checkpoints"
+            do(self._remove_old)
         return target
 
     def load(self, step: int | None = None, *, reshard: bool = False) -> int | None:
@@ -152,98 +151,83 @@ class Checkpoints:
             OSError: there is none of ``step``, or it cannot be read. Nothing has changed then, on
                 any process.
         """
-        known = self._together(f"cannot read {self.folder}", "repair it", self.steps)
-        if step is None and not known:
+        together, mine = self._all.together, self._all.rank
+        known = together(f"cannot read {self.folder}", "repair it", self.steps)
+        chosen = step if step is not None else known[-1] if known else None
+        one = "all processes must see one folder"
+        self._all.check_equal(f"cannot load {self.folder}", {"what is there": str(chosen)}, one)
+        if chosen is None:
             return None
-        path = self._path(known[-1] if step is None else step)
+        path = self._path(chosen)
         hint = f"restore or delete {path.name}"
         if step is None and len(known) > 1:
             hint += f" to go on from step {known[-2]}"
         what = f"cannot load {path}"
-        manifest = self._together(what, hint, lambda: read_manifest(path))
+        manifest = together(what, hint, lambda: read_manifest(path))
         saved = manifest["processes"]
-        same = self._together(what, "", lambda: self._is_as_saved(saved, reshard))
-        mine, of = self._rank, self._processes
-        self._together(what, hint, lambda: check_files(path, manifest["files"], mine, of))
-        self._together(what, hint, lambda: self._check_content(path, manifest))
-        tensors = self._together(
+        same = together(what, "", lambda: self._is_as_saved(saved, reshard))
+        together(what, hint, lambda: check_files(path, manifest["files"], mine, self._all.count))
+        together(what, hint, lambda: self._check_content(path, manifest))
+        tensors = together(
             what,
             _OTHER,
             lambda: self._run.matching(manifest["state"], manifest["tensors"]),
         )
         new = zeros_like(tensors)
-        self._together(what, hint, lambda: read_tensors(path / "tensors", new, self._group))
+        together(what, hint, lambda: read_tensors(path / "tensors", new, self._all.group))
         ranks = range(mine, mine + 1) if same else range(saved)
-        set_own = self._together(what, _OTHER, lambda: self._own_setter(path, ranks, same))
+        set_own = together(what, _OTHER, lambda: self._own_setter(path, ranks, same))
         self._run.apply_shared(rebuilt(manifest["state"], new))
         set_own()
         return int(manifest["step"])
-
-    def _together(self, what: str, hint: str, action: Callable[[], _T]) -> _T:
-        """What ``action`` returns; if it fails on any process, all raise the same sentence."""
-        problem: Exception | None = None
-        try:
-            result = action()
-        except (OSError, ValueError) as error:
-            kind = OSError if isinstance(error, OSError) else ValueError
-            cause = getattr(error, "strerror", None) or error
-            problem = kind(f"{what}: {cause}" + (f"; {hint}" if hint else ""))
-        agree(problem, self._device, self._group)
-        return result
 
     def _path(self, step: int) -> Path:
         if type(step) is not int or not 0 <= step < 10**18:
             raise ValueError(f"Checkpoints: a step must be a whole number from 0 on (got {step!r})")
         return self.folder / f"step-{step:09}"
 
-    def _prepare(self, target: Path, part: Path) -> None:
-        if target.exists():
-            raise ValueError(f"there is {target.name} already, delete it to save another")
-        if self._rank != 0:
+    def _prepare(self, step: int, part: Path, held: contextlib.ExitStack) -> None:
+        if self._all.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(self.folder))
+        if later := [known for known in self.steps() if known >= step]:
+            there = self._path(later[-1]).name
+            raise ValueError(f"there is {there} already; go on from it, or take another folder")
+        if self._all.rank != 0:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        held.callback(remove, part)
         for leftover in self.folder.glob(".step-*.tmp"):  # of a run that was killed
-            shutil.rmtree(leftover)
+            remove(leftover)
         (part / "tensors").mkdir(parents=True)
         (part / "processes").mkdir()
 
     def _publish(self, manifest: Mapping[str, Any], part: Path, target: Path) -> None:
-        if self._rank == 0:
+        if self._all.rank == 0:
             check_content(part, manifest["tensors"])
             publish(manifest, part, target)
 
     def _check_content(self, path: Path, manifest: Mapping[str, Any]) -> None:
-        if self._rank == 0:
+        if self._all.rank == 0:
             check_content(path, manifest["tensors"])
 
     def _remove_old(self) -> None:
-        if self._rank != 0:
+        if self._all.rank != 0:
             return
         for step in self.steps()[: -self.keep]:
             path = self._path(step)
             hidden = path.with_name(f".{path.name}.tmp")  # never a checkpoint with half its files
             os.rename(path, hidden)
-            shutil.rmtree(hidden)
+            remove(hidden)
 
     def _is_as_saved(self, saved: int, reshard: bool) -> bool:
         """Whether there are as many processes as when it was saved."""
-        if saved != self._processes and not reshard:
+        if saved != self._all.count and not reshard:
             raise ValueError(
-                f"it was saved by {saved} processes and this run has {self._processes}; start as "
+                f"it was saved by {saved} processes and this run has {self._all.count}; start as "
                 "many, or pass reshard=True"
             )
-        return saved == self._processes
+        return saved == self._all.count
 
     def _own_setter(self, path: Path, ranks: range, same: bool) -> Callable[[], None]:
         parts = [checkpoint.load(own_file(path, rank))[0] for rank in ranks]
-        return self._run.own_setter(parts, counts=same or self._rank == 0, random=same)
-
-    def _everyone(self, sums: Mapping[str, list[int]]) -> dict[str, list[int]]:
-        """By file what all processes have written; those without tensors have no file of them."""
-        if not dist.is_initialized():
-            return {name: value for name, value in sums.items() if value[0]}
-        own = torch.tensor(list(sums.values()), device=self._device)
-        every = enumerate(gathered(own, self._group))
-        named = ((names_of(rank), values.tolist()) for rank, values in every)
-        pairs = (pair for names, values in named for pair in zip(names, values, strict=True))
-        return {name: value for name, value in pairs if value[0]}
+        return self._run.own_setter(parts, counts=same or self._all.rank == 0, random=same)

@@ -2,29 +2,66 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import check_text, read_json, sync_folder, write_json
+from ..files import check_header, check_text, read_json, sync_folder, write_json
+from .tree import DTYPES
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = [
     "check_files",
+    "locked",
     "names_of",
     "own_file",
     "publish",
     "read_manifest",
+    "remove",
     "sums_of",
 ]
 
 _VERSION = 1
 _MANIFEST = "manifest.json"
-_NAMES = {
-    *("float64", "float32", "float16", "bfloat16", "bool"),
-    *("int64", "int32", "int16", "int8", "uint8"),
-}
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside, no other process can be; the system gives it free when this one ends or is killed.
+
+    Raises:
+        ValueError: another one is.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError if fcntl else AttributeError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    "another run is saving there; give each run a folder of its own"
+                ) from error
+        yield
+    finally:
+        with contextlib.suppress(OSError if fcntl else AttributeError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # also of copies in forked processes
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """A folder with all in it; of a link, or a file, just that; nothing is no error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def names_of(rank: int) -> tuple[str, str]:
@@ -39,8 +76,13 @@ def own_file(folder: Path, rank: int) -> Path:
 
 
 def sums_of(folder: Path, rank: int) -> dict[str, list[int]]:
-    """Bytes and CRC-32 of the files of a process, as the disk gives them back; 0, 0 if none."""
+    """Bytes and CRC-32 of the files of a process, as the disk gives them back; 0, 0 if none.
+
+    Raises:
+        ValueError: it could not be loaded.
+    """
     paths = {name: folder / name for name in names_of(rank)}
+    check_header(own_file(folder, rank))
     return {name: _checksum(path) if path.exists() else [0, 0] for name, path in paths.items()}
 
 
@@ -53,6 +95,7 @@ def publish(manifest: Mapping[str, Any], part: Path, target: Path) -> None:
     """
     _check_names(part, manifest["files"])
     write_json(part / _MANIFEST, {"version": _VERSION, **manifest})
+    _check_manifest(part)
     for folder in (part / "tensors", part / "processes", part):
         sync_folder(folder)
     os.rename(part, target)
@@ -68,8 +111,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     if not (folder / _MANIFEST).is_file():
         raise OSError(f"there is no file {_MANIFEST}")
-    size = sum(path.stat().st_size for path in folder.glob("*/*"))
-    check_text((folder / _MANIFEST).stat().st_size, size)
+    _check_manifest(folder)
     content = read_json(folder / _MANIFEST)
     fields = {"version", "step", "processes", "state", "tensors", "files"}
     if not isinstance(content, dict) or set(content) != fields:
@@ -91,7 +133,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             and len(t) == 2
             and _whole(t[0])
             and isinstance(t[1], str)
-            and t[1] in _NAMES
+            and t[1] in DTYPES
             for t in tensors.values()
         )
     )
@@ -101,6 +143,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"its {_MANIFEST} names {odd[0]!r:.80}")
     _check_names(folder, files)
     return content
+
+
+def _check_manifest(folder: Path) -> None:
+    """Whether there is not too much of it; of files with holes, what is on the disk counts."""
+    files = [path.stat() for path in folder.glob("*/*")]
+    held = sum(min(f.st_size, 512 * getattr(f, "st_blocks", f.st_size)) for f in files)
+    check_text((folder / _MANIFEST).stat().st_size, held)
 
 
 def _whole(numbers: Any, length: int | None = None) -> bool:
@@ -134,7 +183,9 @@ def check_files(folder: Path, files: Mapping[str, list[int]], mine: int, of: int
         OSError: one cannot be read.
     """
     for name in sorted(files)[mine::of]:
-        size, crc = _checksum(folder / name)
+        size = (folder / name).stat().st_size
+        if size == files[name][0]:
+            size, crc = _checksum(folder / name)
         if size != files[name][0]:
             raise ValueError(f"{name} has {size} bytes instead of {files[name][0]}")
         if crc != files[name][1]:

@@ -15,7 +15,7 @@ from ..ops.rectify import HEADER, POSITIONS
 from ..prune.masks import Masks
 from ..sharding import is_sharded
 from .generators import random_state, random_state_setter
-from .tree import compared, described, flattened, rebuilt
+from .tree import DTYPES, compared, described, flattened, rebuilt
 
 __all__ = ["RunState"]
 
@@ -36,8 +36,8 @@ class RunState:
         """What is spread over, or equal on, all processes: a tree and its tensors, not copied.
 
         Raises:
-            ValueError: the optimiser has not stepped yet, or something of ``others`` is not made of
-                plain values and tensors.
+            ValueError: the optimiser has not stepped yet, something of ``others`` is not made of
+                plain values and tensors, or a tensor has a dtype that cannot be saved.
         """
         fresh = not self.optimizer.state
         state = self._state()
@@ -46,7 +46,12 @@ class RunState:
             self._forget_steps()
             raise ValueError("the optimiser has no state yet; save after its first step")
         tensors: dict[str, Tensor] = {}
-        return flattened("run", state, tensors), tensors
+        tree = flattened("run", state, tensors)
+        for name, (_, dtype) in described(tensors).items():
+            if dtype not in DTYPES:
+                known = ", ".join(DTYPES)
+                raise ValueError(f"{name!r:.80} is {dtype}; expected {known}; convert it")
+        return tree, tensors
 
     def matching(self, saved: Any, stored: Mapping[str, Any]) -> dict[str, Tensor]:
         """This run's tensors that a saved tree names, not copied.

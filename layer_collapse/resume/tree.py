@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["compared", "described", "flattened", "rebuilt", "zeros_like"]
+__all__ = ["DTYPES", "compared", "described", "flattened", "rebuilt", "zeros_like"]
+
+#: What tensors of a checkpoint may be.
+DTYPES = (
+    *("float64", "float32", "float16", "bfloat16", "bool"),
+    *("int64", "int32", "int16", "int8", "uint8"),
+)
 
 _DEEPEST = 64  # levels of a tree that is read; states have a dozen
 

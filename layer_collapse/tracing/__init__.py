@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any, Literal
 
+import torch
 from torch import fx, nn
 
 from ..measure.rectifiers import module_kind
@@ -40,6 +41,11 @@ def trace(
     Raises:
         TraceError: nothing can follow the model's own forward.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError(
+            f"cannot trace {type(model).__name__}: a scripted module has no forward in Python; "
+            "pass the module that was scripted"
+        )
     args, kwargs = bind(example_inputs)
     hidden: dict[str, str] = {}
     module, how = None, "fx"

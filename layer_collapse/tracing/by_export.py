@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils._pytree import tree_map
 
 from .by_fx import chain_inplace_rectifiers
@@ -30,8 +31,7 @@ def _program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             return {0: torch.export.Dim.AUTO} if value.ndim and value.shape[0] > 1 else {}
         return None
 
-    names = list(inspect.signature(model.forward).parameters)
-    given = dict(zip(names, args, strict=False)) | kwargs
+    given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     shapes = {name: tree_map(first_free, value) for name, value in given.items()}
     try:
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
@@ -39,6 +39,8 @@ def _program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return torch.export.export(model, args, kwargs, strict=False)
 
 
+#: Modules of torch's own that give several values, of which a program may use one.
+_SEVERAL = (nn.RNNBase, nn.LSTMCell, nn.MultiheadAttention)
 _NEW = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
 
 
@@ -108,13 +110,20 @@ class _Rebuilt:
             elif node.op == "call_function" and not is_check(node):
                 self._call(node)
         (output,) = (n for n in program.graph.nodes if n.op == "output")
-        outputs = [self._value(value) for value in output.args[0]]
+        # What forward writes into its inputs and buffers is an output of the program, too.
+        specs = program.graph_signature.output_specs
+        returned = [spec.kind == OutputKind.USER_OUTPUT for spec in specs]
+        outputs = [self._value(v) for v, r in zip(output.args[0], returned, strict=True) if r]
         self.graph.output(_structure(program.call_spec.out_spec, outputs))
 
     def _placeholder(self, node: fx.Node, spec: Any) -> None:
         if spec.kind == InputKind.USER_INPUT:
             value = getattr(spec.arg, "value", inspect.Parameter.empty)
-            self.values[node] = self.graph.placeholder(node.name, default_value=value)
+            made = self.graph.placeholder(node.name, default_value=value)
+            size = next(iter(getattr(node.meta.get("val"), "shape", ())), None)
+            if size is not None and is_concrete_int(size):  # forward counts its samples
+                made.meta["fixed_batch"] = int(size)
+            self.values[node] = made
             return
         path = str(spec.target)
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
@@ -144,6 +153,8 @@ class _Rebuilt:
     def _module_call(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         """Input and output of the module call that a node is part of: one tensor each, or None."""
         key, path = self.leaf[node]
+        if isinstance(self.modules[path], _SEVERAL):
+            return None
         parameters = inspect.signature(self.modules[path].forward).parameters.values()
         if sum(p.default is p.empty for p in parameters) != 1:
             return None

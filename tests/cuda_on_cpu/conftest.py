@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "ops")]
 import harness_build as build  # noqa: E402 - stands in this folder
 
 #: (schedule, threads per block): threads and blocks ascending, descending and shuffled
-GEOMETRIES = ((0, 256), (1, 64), (5, 128), (9, 256))
+GEOMETRIES = ((0, 256), (1, 64), (5, 128), (9, 256), (3, 32))
 _OPS = (
     "rectify",
     "rectify_",
@@ -29,6 +31,7 @@ _OPS = (
     "apply_masks_",
     "magnitude_shares",
     "magnitude_prune_",
+    "magnitude_prune_.on_device",
     "magnitude_histogram",
 )
 _libraries: dict[str, torch.library.Library] = {}
@@ -43,15 +46,31 @@ class Kernels:
         name = path.name.rsplit("-", 1)[0]
         library = torch.library.Library(name, "DEF")
         for op in _OPS if bfloat16 is None else _OPS[:2]:
-            schema = str(getattr(torch.ops.layer_collapse, op).default._schema)
-            library.define(schema.split("::", 1)[1])
+            packet, _, overload = op.partition(".")
+            of = getattr(getattr(torch.ops.layer_collapse, packet), overload or "default")
+            library.define(str(of._schema).split("::", 1)[1])
         _libraries[name] = library
         torch.ops.load_library(path)
         self.ops: Any = getattr(torch.ops, name)
-        self._set = ctypes.CDLL(str(path)).cuda_on_cpu_set
+        self._library = ctypes.CDLL(str(path))
 
     def run_as(self, geometry: tuple[int, int]) -> None:
-        self._set(*geometry)
+        self._library.cuda_on_cpu_set(*geometry)
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Kernels do not run: they are kept as a CUDA graph keeps them, for :meth:`replay`.
+
+        Memory that is allocated meanwhile stays, until the next graph is captured.
+        """
+        self._library.cuda_on_cpu_capture(True)
+        try:
+            yield
+        finally:
+            self._library.cuda_on_cpu_capture(False)
+
+    def replay(self) -> None:
+        self._library.cuda_on_cpu_replay()
 
 
 @pytest.fixture(scope="session")

@@ -54,6 +54,13 @@ using Site = std::source_location;
 // Order of threads and blocks: 0 ascending, 1 descending, others a shuffle with that seed.
 inline unsigned schedule = 0;
 
+// If not 0, only so many blocks at either end of a grid run: for tensors that nobody could fill.
+inline unsigned ends = 0;
+
+// A graph: what launches would have run while capturing, with the arguments that they were given.
+inline bool capturing = false;
+inline std::vector<std::function<void()>> graph;
+
 struct Block;
 
 struct Thread {
@@ -353,13 +360,15 @@ inline float fmaxf(float a, float b) {
   return a > b || (a == b && std::signbit(b)) ? a : b;
 }
 
-// The launcher's counterpart: runs the grid before it returns.
-template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void*,
-           const Arguments&... arguments) {
-  const auto body = [&] { kernel(arguments...); };
-  const auto count = static_cast<unsigned>(blocks);
-  const std::vector<unsigned> order = cuda_on_cpu::order_of(count, 0);
+namespace detail {
+template <typename Body>
+void run_grid(unsigned count, int threads, const Body& body) {
+  std::vector<unsigned> order;
+  if (const unsigned ends = cuda_on_cpu::ends; ends == 0 || count <= 2 * ends) {
+    order = cuda_on_cpu::order_of(count, 0);
+  } else {
+    for (unsigned i = 0; i < ends; ++i) order.insert(order.end(), {i, count - 1 - i});
+  }
 #if defined(CUDA_ON_CPU_THREADS)
   for (size_t i = 0; i < order.size(); i += 2) {
     std::thread other;
@@ -372,11 +381,19 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void*,
 #else
   for (unsigned block : order) cuda_on_cpu::run_block(block, count, threads, body);
 #endif
-  return 0;
 }
+}  // namespace detail
 
-inline int fetch(void* host, const void* device, size_t bytes, void*) {
-  std::memcpy(host, device, bytes);
+// The launcher's counterpart: runs the grid before it returns, or captures it.
+template <typename... Parameters, typename... Arguments>
+int launch_grid(void (*kernel)(Parameters...), unsigned blocks, int threads, void*,
+                const Arguments&... arguments) {
+  const auto run = [=] { detail::run_grid(blocks, threads, [&] { kernel(arguments...); }); };
+  if (cuda_on_cpu::capturing) {
+    cuda_on_cpu::graph.push_back(run);
+  } else {
+    run();
+  }
   return 0;
 }
 

@@ -44,6 +44,8 @@ _COMMON = [
 ]
 ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 THREAD = ["-fsanitize=thread", "-DCUDA_ON_CPU_THREADS"]
+#: Of what stands in the library of the ops, so that a program can use the same objects.
+SHARED = ["-fPIC"]
 
 
 def _folder() -> Path:
@@ -73,12 +75,15 @@ def _inputs() -> list[Path]:
 def ops(*, bfloat16: int | None = None, sanitize: bool = True) -> Path:
     """The shared library of the ops, for torch.ops.load_library; bfloat16: rectify alone."""
     name, sources = "layer_collapse_on_cpu", [*LAUNCHERS, *OPS]
-    flags = ["-fPIC", "-DLC_CUDA_KEY=CPU", *(ADDRESS if sanitize else [])]
+    kernels = [*(ADDRESS if sanitize else []), *SHARED]
     if bfloat16 is not None:
         name, sources = f"{name}_{bfloat16}", [CUDA / "rectify.cu", CUDA / "rectify_op.cpp"]
-        flags.append(f"-DLC_BFLOAT16={bfloat16}")
-    flags.append(f"-DLC_CUDA_LIBRARY={name}")
-    objects = [_compile(source, flags) for source in [*sources, HERE / "settings.cpp"]]
+        kernels.append(f"-DLC_BFLOAT16={bfloat16}")
+    flags = [*kernels, "-DLC_CUDA_KEY=CPU", f"-DLC_CUDA_LIBRARY={name}"]
+    objects = [_compile(s, kernels if s.suffix == ".cu" else flags) for s in sources]
+    # beyond the stable ABI: it takes the place of torch's allocator
+    beyond = ["-UTORCH_STABLE_ONLY", "-UTORCH_TARGET_VERSION"]
+    objects.append(_compile(HERE / "settings.cpp", [*flags, *beyond]))
     stem = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:16]
     target = _folder() / f"{name}-{stem}.so"
     if not target.exists():

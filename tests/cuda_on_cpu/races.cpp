@@ -106,7 +106,7 @@ void steps() {
 void selection() {
   Weights halves[2] = {make_weights(3000), make_weights(2500)};
   constexpr int64_t kBuckets = 2049, kWanted = 1000;  // of a histogram
-  std::vector<int64_t> cuts[2], histograms[2], wanted(1, kWanted);
+  std::vector<int64_t> cuts[2], histograms[2], wanted(1, kWanted), info(3);
   std::vector<Selection> ranks;
   for (int rank = 0; rank < 2; ++rank) {
     cuts[rank].resize(cut_words() + 1);
@@ -117,6 +117,7 @@ void selection() {
                      cuts[rank].data(),
                      histograms[rank].data(),
                      wanted.data(),
+                     info.data(),
                      kSize,
                      nullptr});
     ranks[rank].list[0].data.resize(1);
@@ -131,6 +132,7 @@ void selection() {
     for (Selection& rank : ranks) expect(launch_choose(rank, digit) == 0, "launch");
   }
   expect(cuts[0] == cuts[1], "cut of the ranks");
+  expect(info[0] == kWanted && info[1] >= kWanted && info[2] == -1, "info of the ranks");
   int64_t below = 0, equal = 0;
   float limit;
   std::memcpy(&limit, cuts[0].data(), sizeof(limit));
@@ -145,17 +147,23 @@ void selection() {
 
   Weights own = make_weights(9000);
   const int64_t before = count_alive(own.words.data(), static_cast<int64_t>(own.words.size()));
-  Selection prune{{own.data(false, nullptr)}, false,         false, cuts[0].data(),
-                  histograms[0].data(),       wanted.data(), kSize, nullptr};
+  Selection prune{{own.data(false, nullptr)},
+                  false,
+                  false,
+                  cuts[0].data(),
+                  histograms[0].data(),
+                  wanted.data(),
+                  info.data(),
+                  kSize,
+                  nullptr};
   prune.list[0].data.resize(1);
   expect(begin_selection(prune) == 0, "launch");
   for (int digit = 0; digit < digits(false); ++digit) {
     expect(launch_histogram(prune, digit) == 0 && launch_choose(prune, digit) == 0, "launch");
   }
-  const std::vector<int64_t> bounds{0, segments(prune.list[0])};
-  std::vector<int64_t> ties(bounds[1]), totals(2), shares(1);
+  std::vector<int64_t> ties(segments(prune.list[0])), totals(2), shares(1);
   expect(launch_shares(prune, totals.data(), shares.data()) == 0, "launch");
-  expect(launch_clear(prune, bounds, bounds.data(), ties.data()) == 0, "launch");
+  expect(launch_clear(prune, {0}, ties.data()) == 0, "launch");
   const int64_t after = count_alive(own.words.data(), static_cast<int64_t>(own.words.size()));
   expect(before - after == kWanted && shares[0] == kWanted, "number of pruned weights");
 }

@@ -50,6 +50,21 @@ def test_nothing_is_caught_where_nothing_is_planted(how: str) -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_no_kernel_has_a_race() -> None:
-    result = run(build.program(build.HERE / "races.cpp", *build.THREAD))
+@pytest.fixture(scope="session")
+def large() -> Path:
+    return build.program(build.HERE / "large.cpp", *build.ADDRESS, *build.SHARED)
+
+
+@pytest.fixture(scope="session")
+def races() -> Path:
+    return build.program(build.HERE / "races.cpp", *build.THREAD)
+
+
+def test_places_beyond_32_bits(large: Path) -> None:
+    result = run(large)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_no_kernel_has_a_race(races: Path) -> None:
+    result = run(races)
     assert (result.returncode, result.stderr) == (0, "")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import GEOMETRIES, Kernels
@@ -10,10 +12,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from layer_collapse import _C
+from layer_collapse.ops.magnitude import check_selection
 
 CPU = torch.ops.layer_collapse
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NONE = torch.empty(0, dtype=torch.int32)
+
+
+def shares_of(ops: Any, weights: list[Tensor], masks: list[Tensor], k: int) -> Tensor:
+    shares, info = ops.magnitude_shares(weights, masks, k)
+    check_selection("magnitude_shares", info)
+    return shares
+
+
+def prune_(ops: Any, weights: list[Tensor], masks: list[Tensor], counts: list[int]) -> None:
+    info = ops.magnitude_prune_.default(weights, masks, counts)
+    check_selection("magnitude_prune_", info)
 
 
 def pack(alive: Tensor) -> Tensor:
@@ -102,10 +116,11 @@ def test_sgd(kernels: Kernels, dtype: torch.dtype, layout: str) -> None:
         for ops in (kernels.ops, CPU):
             own = [[t.clone() for t in group] for group in (params, buffers)]
             grad_scale = None if scale is None else torch.tensor(scale)
+            rate = (None, torch.tensor(0.5), torch.tensor([0.3], dtype=torch.float64))[seed % 3]
             found = torch.zeros((), dtype=torch.float64)
             ops.masked_sgd_(
                 own[0], grads, own[1], masks,
-                0.1, momentum, damp, decay, nesterov, maximize, first, grad_scale, found,
+                0.1, momentum, damp, decay, nesterov, maximize, first, grad_scale, found, rate,
             )  # fmt: skip
             both.append(own)
         for got, expected in zip(*both, strict=True):
@@ -133,9 +148,10 @@ def test_adamw(kernels: Kernels, dtype: torch.dtype, layout: str) -> None:
         for ops in (kernels.ops, CPU):
             own = [[t.clone() for t in group] for group in (params, averages, squares, maxima)]
             grad_scale = None if scale is None else torch.tensor(scale)
+            rate = (None, torch.tensor(0.5), torch.tensor([0.3], dtype=torch.float64))[seed]
             ops.masked_adamw_(
                 own[0], grads, *own[1:], masks, steps,
-                1e-2, 0.9, 0.999, 1e-8, 1e-2, maximize, grad_scale, None,
+                1e-2, 0.9, 0.999, 1e-8, 1e-2, maximize, grad_scale, None, rate,
             )  # fmt: skip
             both.append(own)
         for got, expected in zip(*both, strict=True):
@@ -147,13 +163,14 @@ def test_found_inf_leaves_all_unchanged(kernels: Kernels) -> None:
     (params, grads, buffers), masks = tensors_of(torch.float32, "plain", 3, 0)
     own = [t.clone() for t in params]
     kernels.ops.masked_sgd_(
-        own, grads, buffers, masks, 0.1, 0.9, 0.0, 0.0, False, False, False, None, torch.ones(1)
-    )
+        own, grads, buffers, masks,
+        0.1, 0.9, 0.0, 0.0, False, False, False, None, torch.ones(1), None,
+    )  # fmt: skip
     assert all(map(torch.equal, own, params))
     steps = [torch.ones(()) for _ in params]
     kernels.ops.masked_adamw_(
         own, grads, buffers, buffers, [], masks, steps,
-        0.1, 0.9, 0.99, 1e-8, 0.0, False, None, torch.ones(1),
+        0.1, 0.9, 0.99, 1e-8, 0.0, False, None, torch.ones(1), None,
     )  # fmt: skip
     assert all(map(torch.equal, own, params))
 
@@ -165,7 +182,7 @@ def test_a_warp_of_dead_words_touches_no_weight(kernels: Kernels) -> None:
     mask = torch.zeros(128, dtype=torch.int32)
     ops = kernels.ops
     ops.masked_sgd_(
-        [weights], [kept], [], [mask], 0.1, 0.0, 0.0, 0.0, False, False, False, None, None
+        [weights], [kept], [], [mask], 0.1, 0.0, 0.0, 0.0, False, False, False, None, None, None
     )
     assert weights.isnan().all()
 
@@ -195,7 +212,12 @@ def test_more_tensors_than_one_table_holds(kernels: Kernels) -> None:
     assert all(map(torch.equal, own, weights))
     k = sum(_C.count_alive(m.numpy()) for m in masks) // 2
     got = kernels.ops.magnitude_shares(weights, masks, k)
-    assert torch.equal(got, CPU.magnitude_shares(weights, masks, k))
+    assert all(map(torch.equal, got, CPU.magnitude_shares(weights, masks, k)))
+    counts = got[0].tolist()
+    own, expected = ([m.clone() for m in masks] for _ in range(2))
+    prune_(kernels.ops, weights, own, counts)
+    prune_(CPU, weights, expected, counts)
+    assert all(map(torch.equal, own, expected))
 
 
 @st.composite
@@ -228,13 +250,20 @@ def test_selection(kernels: Kernels, case, fraction: float, geometry: tuple[int,
     kernels.run_as(geometry)
     alive = [_C.count_alive(words.numpy()) for words in masks]
     k = round(fraction * sum(alive))
-    got = kernels.ops.magnitude_shares(weights, masks, k)
-    assert got.tolist() == CPU.magnitude_shares(weights, masks, k).tolist()
+    for got, expected in zip(
+        kernels.ops.magnitude_shares(weights, masks, k),
+        CPU.magnitude_shares(weights, masks, k),
+        strict=True,
+    ):
+        assert torch.equal(got, expected)
     counts = [round(fraction * count) for count in alive]
-    own, expected = ([words.clone() for words in masks] for _ in range(2))
-    kernels.ops.magnitude_prune_(weights, own, counts)
-    CPU.magnitude_prune_(weights, expected, counts)
+    own, on_device, expected = ([words.clone() for words in masks] for _ in range(3))
+    told = CPU.magnitude_prune_.default(weights, expected, counts)
+    assert torch.equal(kernels.ops.magnitude_prune_.default(weights, own, counts), told)
     assert all(map(torch.equal, own, expected))
+    numbers = torch.tensor(counts)
+    assert torch.equal(kernels.ops.magnitude_prune_.on_device(weights, on_device, numbers), told)
+    assert all(map(torch.equal, on_device, expected))
 
 
 @settings(max_examples=40, deadline=None)
@@ -263,11 +292,11 @@ def test_selection_of_other_strides_and_dense_masks(kernels: Kernels) -> None:
         base.permute(3, 1, 0, 2),
     ):
         own, expected = (pack(torch.ones(weight.shape, dtype=torch.bool)) for _ in range(2))
-        kernels.ops.magnitude_prune_([weight], [own], [100])
-        CPU.magnitude_prune_([weight], [expected], [100])
+        prune_(kernels.ops, [weight], [own], [100])
+        prune_(CPU, [weight], [expected], [100])
         assert torch.equal(own, expected)
-        assert kernels.ops.magnitude_shares([weight, base], [NONE, NONE], 300).tolist() == (
-            CPU.magnitude_shares([weight, base], [NONE, NONE], 300).tolist()
+        assert torch.equal(
+            *(shares_of(ops, [weight, base], [NONE, NONE], 300) for ops in (kernels.ops, CPU))
         )
 
 
@@ -275,10 +304,10 @@ def test_selection_of_other_strides_and_dense_masks(kernels: Kernels) -> None:
 def test_k_out_of_range_is_refused(kernels: Kernels, k: int) -> None:
     weight, words = torch.arange(40.0), pack(torch.ones(40, dtype=torch.bool))
     with pytest.raises(RuntimeError, match=f"k must lie between 0 and the 40 alive .*got {k}"):
-        kernels.ops.magnitude_shares([weight], [words], k)
+        shares_of(kernels.ops, [weight], [words], k)
     kept = words.clone()
     with pytest.raises(RuntimeError, match=r"counts\[1\] must lie between 0 and the 40 alive"):
-        kernels.ops.magnitude_prune_([weight, weight], [words, words.clone()], [3, k])
+        prune_(kernels.ops, [weight, weight], [words, words.clone()], [3, k])
     assert torch.equal(words, kept)
 
 
@@ -288,14 +317,14 @@ def test_nan_among_alive_weights_is_refused_and_nothing_changes(kernels: Kernels
     masks = [pack(torch.ones(40, dtype=torch.bool)) for _ in range(2)]
     kept = [words.clone() for words in masks]
     with pytest.raises(RuntimeError, match=r"NaN in weights\[1\]"):
-        kernels.ops.magnitude_shares([clean, dirty], masks, 5)
+        shares_of(kernels.ops, [clean, dirty], masks, 5)
     with pytest.raises(RuntimeError, match=r"NaN in weights\[1\]"):
-        kernels.ops.magnitude_prune_([clean, dirty], masks, [5, 5])
+        prune_(kernels.ops, [clean, dirty], masks, [5, 5])
     assert all(map(torch.equal, masks, kept))
-    kernels.ops.magnitude_prune_([clean, dirty], masks, [5, 0])  # NaN is left alone
+    prune_(kernels.ops, [clean, dirty], masks, [5, 0])  # NaN is left alone
     dirty_alive = torch.ones(40, dtype=torch.bool)
     dirty_alive[7] = False
-    assert kernels.ops.magnitude_shares([dirty], [pack(dirty_alive)], 5).tolist() == [5]
+    assert shares_of(kernels.ops, [dirty], [pack(dirty_alive)], 5).tolist() == [5]
 
 
 def test_bad_arguments_are_refused(kernels: Kernels) -> None:
@@ -307,4 +336,9 @@ def test_bad_arguments_are_refused(kernels: Kernels) -> None:
     with pytest.raises(RuntimeError, match=r"must be dense, without gaps"):
         kernels.ops.apply_masks_([torch.ones(4, 6)[:, ::2]], [NONE])
     with pytest.raises(RuntimeError, match=r"masks\[0\] must have bits to clear"):
-        kernels.ops.magnitude_prune_([weight], [NONE], [1])
+        prune_(kernels.ops, [weight], [NONE], [1])
+    with pytest.raises(RuntimeError, match=r"masks\[0\] must have bits to clear"):
+        kernels.ops.magnitude_prune_.on_device([weight], [NONE], torch.zeros(1).long())
+    for counts in (torch.zeros(2).long(), torch.zeros(1)):
+        with pytest.raises(RuntimeError, match=r"counts must be contiguous int64 of shape \[1\]"):
+            kernels.ops.magnitude_prune_.on_device([weight], [pack(weight > 0)], counts)

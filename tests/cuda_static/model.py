@@ -8,14 +8,17 @@ plus the atomics (8 bytes each) and mask words that several threads or passes re
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cards import CARDS
 
 BLOCKS, VECTORS = 1024, 16  # of csrc/cuda/rectify.cu
 CHANNEL_BLOCKS, MIN_ROWS, ROWS = 512, 4, 128
-TABLE_BLOCKS = 1024  # of csrc/cuda/table.h
+HISTOGRAM_BLOCKS = 384  # of csrc/cuda/magnitude_select.cu
 THREADS, SEGMENT_WORDS, BUCKETS = 256, 32, 2048
+WARPS = THREADS // 32
+SUMMARY = 8  # columns of a summary
 
 
 @dataclass(frozen=True)
@@ -74,17 +77,80 @@ def reordered_step(name: str, weights: int, size: int, accesses: int) -> Case:
     return Case(f"{case.name}, channels_last", case.must, case.moves + weights * 2 / 8)
 
 
+def apply_masks(weights: int, size: int, pruned: float) -> Case:
+    """Zeros where weights are pruned; reads masks alone.
+
+    Vectors that are pruned as a whole are one store, other weights are stored singly: the bytes are
+    the same, though a card may move a sector of 32 for a single weight.
+    """
+    must = weights * (1 / 8 + pruned * size)
+    return Case(f"apply_masks_, {weights} weights x {size} B, {pruned:.0%} pruned", must, must)
+
+
+def entropies(name: str, channels: Sequence[int]) -> Case:
+    """layer_entropies of ReLUs: positions and three rows of counts; a row of numbers per layer.
+
+    Every warp reads the positions for itself.
+    """
+    neurons, layers = sum(channels), len(channels)
+    must = 8 * (layers + 3 * neurons) + 8 * SUMMARY * layers + (8 + 1) * neurons
+    return Case(f"layer_entropies, {name}", must, must + 8 * (WARPS - 1) * layers)
+
+
+def live(outer: int, channels: int, inner: int, size: int) -> Case:
+    """rectify with live=True: the last block reads the ledger, every block takes a ticket."""
+    plain = planes(outer, channels, inner, size)
+    blocks = (plain.moves - plain.must) / (8 * 3)
+    own = 8 * (3 * channels + WARPS + 3)
+    return Case(f"{plain.name}, live", plain.must + own, plain.moves + own + 8 * blocks)
+
+
+def _histogram_atomics(weights: int) -> float:
+    """Bytes of the sums that the blocks of one pass add to a histogram, if all buckets occur."""
+    words = math.ceil(weights / 32)
+    chunk = max(64, math.ceil(words / HISTOGRAM_BLOCKS / 32) * 32)
+    return 8 * math.ceil(words / chunk) * BUCKETS
+
+
+#: Of the buckets, those that a block finds with each digit, by the bytes of a weight: of exponents
+#: few; then of halves those that their last 7 bits make, of others all; then next to none, as few
+#: weights are left.
+FOUND = {2: 0.1 + 128 / BUCKETS, 4: 0.1 + 1.0 + 0.05, 8: 0.05 + 1.0 + 0.05}
+
+
+def histogram(weights: int, size: int) -> Case:
+    """magnitude_histogram, second digit of float: one pass, 16 KB that are cleared and filled."""
+    must = weights * (size + 1 / 8) + 2 * 8 * (BUCKETS + 1)
+    moves = must + _histogram_atomics(weights)
+    return Case(f"magnitude_histogram, {weights} weights x {size} B", must, moves)
+
+
 def selection(weights: int, size: int, passes: int) -> Case:
     """magnitude_shares: `passes` histograms and a count, each a pass over weights and mask."""
     must = (passes + 1) * weights * (size + 1 / 8)
-    words = math.ceil(weights / 32)
-    chunk = max(64, math.ceil(words / TABLE_BLOCKS / 32) * 32)
-    blocks = math.ceil(words / chunk)
-    # Buckets that a block finds: of exponents and 3 more bits few, then all, then next to none.
     # Every segment of the count adds two sums.
-    found = BUCKETS * (0.1 + 1.0 + 0.05)
-    atomics = 8 * (blocks * found + 2 * words / SEGMENT_WORDS)
+    segments = weights / 32 / SEGMENT_WORDS
+    atomics = FOUND[size] * _histogram_atomics(weights) + 8 * 2 * segments
     return Case(f"magnitude_shares, {weights} weights x {size} B", must, must + atomics)
+
+
+def prune(weights: int, size: int, passes: int) -> Case:
+    """magnitude_prune_: `passes` histograms, a count, and a last pass that writes the mask."""
+    must = (passes + 2) * weights * (size + 1 / 8) + weights / 8
+    # The ties of a segment are written, read and written by the scan, and read.
+    segments = weights / 32 / SEGMENT_WORDS
+    more = FOUND[size] * _histogram_atomics(weights) + 8 * 4 * segments
+    return Case(f"magnitude_prune_, {weights} weights x {size} B", must, must + more)
+
+
+#: Channels of the ReLUs of a ResNet-50.
+RESNET50 = (
+    64,
+    *(64, 64, 256) * 3,
+    *(128, 128, 512) * 4,
+    *(256, 256, 1024) * 6,
+    *(512, 512, 2048) * 3,
+)
 
 
 CASES = (
@@ -96,10 +162,20 @@ CASES = (
     channels_fastest(128 * 197, 3072, 4),
     channels_fastest(128 * 56 * 56, 64, 4),
     channels_fastest(256 * 28 * 28, 256, 2),
+    live(128, 256, 28 * 28, 2),
+    entropies("ResNet-50", RESNET50),
+    step("masked_sgd_", 25_000_000, 4, 3),
     step("masked_sgd_ with momentum", 25_000_000, 4, 5),
     step("masked_adamw_", 86_000_000, 4, 7),
+    step("masked_adamw_ with amsgrad", 86_000_000, 2, 9),
     reordered_step("masked_sgd_ with momentum", 25_000_000, 4, 5),
+    apply_masks(86_000_000, 4, 0.5),
+    apply_masks(86_000_000, 2, 0.99),
+    histogram(86_000_000, 4),
     selection(86_000_000, 4, 3),
+    selection(86_000_000, 8, 6),
+    prune(86_000_000, 4, 3),
+    prune(86_000_000, 2, 3),
 )
 
 

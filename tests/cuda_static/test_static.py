@@ -11,16 +11,37 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import figures
 import model
-from cards import CARDS
+from cards import CARDS, Card
 from figures import ARCHITECTURES, Figures, Report
 
 #: Kernels, and kernels x architectures. A new kernel changes this number knowingly.
-KERNELS = 108
-COVERED = 648
+KERNELS = 109
+COVERED = 654
 
-RECTIFIERS = ("DeviceRelu", "DeviceRelu6", "DeviceLeakyRelu", "DeviceHardswish", "DeviceCountOnly")
-#: ReLU with all its counters, per 16 bytes, on sm_80 and later.
-LIMITS = {"float": 40, "__half": 48, "__nv_bfloat16": 48}
+#: Bfloat16 before sm_90 has minima and maxima, but no comparison that gives a mask.
+OLD_BFLOAT16 = "__nv_bfloat16 before sm_90"
+#: Instructions of the inner loop per 16 bytes, with all counters, on sm_80 and later. ReLU, and
+#: GELU and SiLU (counted alone), keep to 40 for float and 48 for halves. The others do more for a
+#: value; theirs are what they took when last looked at, and a few. LeakyReLU and PReLU multiply,
+#: halves in float as torch does. ReLU6 and Hardswish have a fourth counter, of what lies above the
+#: knee or between the knees; Hardswish has two clamps and two products besides, in float.
+LIMITS = {
+    "DeviceRelu": {
+        "float": 40, "double": 51, "__half": 48, "__nv_bfloat16": 48, OLD_BFLOAT16: 48
+    },
+    "DeviceCountOnly": {
+        "float": 40, "double": 45, "__half": 48, "__nv_bfloat16": 48, OLD_BFLOAT16: 48
+    },
+    "DeviceLeakyRelu": {
+        "float": 49, "double": 62, "__half": 66, "__nv_bfloat16": 70, OLD_BFLOAT16: 85
+    },
+    "DeviceRelu6": {
+        "float": 70, "double": 69, "__half": 60, "__nv_bfloat16": 57, OLD_BFLOAT16: 112
+    },
+    "DeviceHardswish": {
+        "float": 83, "double": 130, "__half": 106, "__nv_bfloat16": 110, OLD_BFLOAT16: 122
+    },
+}  # fmt: skip
 #: Kernels whose vectors are single values, or that read masks and counters alone.
 SCALAR = [
     "begin_at_kernel",
@@ -33,6 +54,7 @@ SCALAR = [
     "reorder_mask",
     "scan_kernel",
     "shares_kernel",
+    "write_numbers",
 ]
 
 
@@ -77,32 +99,48 @@ def test_aligned_paths_use_16_byte_accesses(report: Report) -> None:
             assert f.stores_128 > 0, f
 
 
-def _relu(report: Report) -> list[tuple[Figures, str]]:
-    """The ReLU kernels' aligned paths with their dtype, on sm_80 and later."""
+def _dtype(f: Figures) -> str:
+    """The key of LIMITS."""
+    dtype = f.kernel.split("<")[1].rstrip(">").split(", ")[1]
+    old = dtype == "__nv_bfloat16" and f.arch in ("sm_80", "sm_86")
+    return OLD_BFLOAT16 if old else dtype
+
+
+def _loops(report: Report, rectifier: str) -> list[Figures]:
+    """The aligned paths of a rectifier, on sm_80 and later."""
     return [
-        (f, dtype)
+        f
         for f in report.figures
-        for dtype in LIMITS
-        if "<DeviceRelu, " + dtype in f.kernel and _has_vectors(f.kernel) and f.arch != "sm_75"
+        if f"<{rectifier}, " in f.kernel and _has_vectors(f.kernel) and f.arch != "sm_75"
     ]
 
 
-def test_relu_with_its_counters_takes_few_instructions(report: Report) -> None:
-    found = _relu(report)
-    assert len(found) == 2 * len(LIMITS) * (len(ARCHITECTURES) - 1)
-    for f, dtype in found:
-        assert f.loop_loads_128 == f.loop_stores_128 > 0, f
+@pytest.mark.parametrize("rectifier", LIMITS)
+def test_counting_takes_few_instructions(report: Report, rectifier: str) -> None:
+    found = _loops(report, rectifier)
+    assert len(found) == 2 * 4 * (len(ARCHITECTURES) - 1)  # two layouts, four dtypes
+    for f in found:
+        assert f.loop_loads_128 > 0, f
+        writes = rectifier != "DeviceCountOnly"
+        assert f.loop_stores_128 == (f.loop_loads_128 if writes else 0), f
         assert f.per_16_bytes is not None
-        assert f.per_16_bytes <= LIMITS[dtype], f
+        assert f.per_16_bytes <= LIMITS[rectifier][_dtype(f)], f
+
+
+#: Times the card's bandwidth that instructions alone would allow at least: of ReLU three, of all
+#: others enough that memory is what they wait for. double is left to the cards that compute it.
+HEADROOM = {"DeviceRelu": 3.0}
+LEAST_HEADROOM = 1.3
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
-def test_relu_is_limited_by_memory(report: Report, card) -> None:
-    """Instructions alone would allow three times the card's bandwidth."""
-    for f, dtype in _relu(report):
-        if f.arch == card.arch:
-            limit = card.issue_limited(f.per_16_bytes, 32)
-            assert limit >= 3 * card.bandwidth, (f, dtype, limit)
+@pytest.mark.parametrize("rectifier", LIMITS)
+def test_memory_is_the_limit(report: Report, rectifier: str, card: Card) -> None:
+    for f in _loops(report, rectifier):
+        if f.arch == card.arch and _dtype(f) != "double":
+            moved = 16 if rectifier == "DeviceCountOnly" else 32
+            limit = card.issue_limited(f.per_16_bytes, moved)
+            assert limit >= HEADROOM.get(rectifier, LEAST_HEADROOM) * card.bandwidth, (f, limit)
 
 
 @pytest.mark.parametrize("case", model.CASES, ids=lambda case: case.name)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -13,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+_ROOT = Path(__file__).parents[2]
 _MOST = 4
 _PATIENCE = 120  # seconds, for a test whose processes wait for each other
 
@@ -73,3 +77,23 @@ class Ranks:
             process.kill()
             process.join()
         self.workers.clear()
+
+
+def torchrun(world: int, script: str, *args: str, restarts: int = 0) -> tuple[str, str]:
+    """What a script of this folder prints on all of its processes; it must succeed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={world}", f"--max-restarts={restarts}"]
+    command += ["--monitor-interval=0.1", str(Path(__file__).with_name(script)), *args]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(_ROOT),
+        # Otherwise a restarted gloo may find addresses of killed processes, and fails once more.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+    patience = 280 + 60 * restarts  # each imports torch anew, on a machine that may be busy
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=patience, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout, done.stderr

@@ -149,6 +149,71 @@ def test_sync_batch_norm(ranks: Ranks) -> None:
     ranks(2, _replaced_batch_norm)
 
 
+def _synced(norm: nn.SyncBatchNorm, x: Tensor) -> Tensor:
+    """What torch's kernels do on a GPU, for [N, C] on the CPU: statistics of all processes."""
+    from torch.distributed.nn.functional import all_reduce
+
+    count = all_reduce(torch.tensor(float(len(x))))
+    mean = all_reduce(x.sum(0)) / count
+    variance = all_reduce((x - mean).square().sum(0)) / count
+    with torch.no_grad():
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)
+    return (x - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def _trains_synced() -> None:
+    """The counts, the masks and the weights of one process that trains on all of the data."""
+
+    def build() -> nn.Sequential:
+        torch.manual_seed(0)
+        norm = nn.BatchNorm1d(8)
+        return nn.Sequential(
+            nn.Linear(6, 8), norm, nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)
+        )
+
+    x, y = data(40)
+    alone, model = build(), nn.SyncBatchNorm.convert_sync_batchnorm(build())
+    with refused("SyncBatchNorm layers only work with GPU modules"):
+        DistributedDataParallel(model)
+    with refused("SyncBatchNorm expected input tensor to be on GPU"):
+        model(mine(x))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.SyncBatchNorm, "forward", _synced)
+        patch.setattr(DistributedDataParallel, "_passing_sync_batchnorm_handle", lambda *_: None)
+        ddp = DistributedDataParallel(model)
+        tracker, expected = track(ddp, fuse_bn=True), track(alone)
+        assert tracker.fused == {}  # its statistics would be those of one process
+        both = []
+        for net_, inner, some, group in (
+            (ddp, model, tracker, dist.group.WORLD),
+            (alone, alone, expected, None),
+        ):
+            masks = Masks(candidate_weights(inner, some.sites))
+            optimizer = MaskedSGD(net_.parameters(), 0.1, momentum=0.9, masks=masks)
+            inputs, targets = (t if group is None else mine(t) for t in (x, y))
+            for _ in range(2):
+                some.reset()
+                for _ in range(3):
+                    optimizer.zero_grad()
+                    F.cross_entropy(net_(inputs), targets).backward()
+                    optimizer.step()
+                report = some.entropy(group)
+                prune_round(inner, masks, report, some.sites, 0.3, guards=Guards(floor=4))
+            masks.check_ranks()
+            both.append((report, whole_masks(masks), inner.state_dict()))
+    (report, got_masks, state), (alone_report, alone_masks, alone_state) = both
+    assert report.rows == alone_report.rows
+    assert_equal(got_masks, alone_masks)
+    for name, value in alone_state.items():
+        if value.is_floating_point():  # the stand-in counts no batches
+            torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_training_with_synced_batch_norms(ranks: Ranks) -> None:
+    ranks(2, _trains_synced)
+
+
 def _scalars() -> None:
     model = net()
     masks = Masks({"first.weight": model.first.weight})

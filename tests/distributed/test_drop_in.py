@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from pool import Ranks
-from spread import Net, assert_equal, data, mine, net, whole_masks, whole_weights
+from spread import Net, assert_equal, data, mine, net, refused, whole_masks, whole_weights
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from layer_collapse import MaskedAdamW, MaskedSGD, Masks, keep_pruned, track
@@ -322,6 +322,54 @@ def _copies(kind: str) -> None:
         if name in kept:
             expected[~kept[name]] = 0
         assert torch.equal(value, expected)
+
+
+def _averages_of_shards() -> None:
+    """torch refuses to copy a sharded model by name: copy it first, tracked or not, shard both."""
+    x, y = data(40)
+    model = net()
+    tracker = track(model)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    alone = [AveragedModel(net(), multi_avg_fn=get_ema_multi_avg_fn(0.5)), net()]
+    _spread("fsdp", model)
+    _spread("fsdp", average.module)
+    with refused("FSDP does not support deepcopy"):
+        copy.deepcopy(model)
+    masks, alone_masks = _masks(model), _masks(alone[1])
+    optimizer, alone_optimizer = (
+        _optimizer("adamw", m, k) for m, k in ((model, masks), (alone[1], alone_masks))
+    )
+    for _ in range(3):
+        for some, step, batch in ((model, optimizer, mine), (alone[1], alone_optimizer, _all)):
+            step.zero_grad()
+            F.cross_entropy(some(batch(x)), batch(y)).backward()
+            step.step()
+        average.update_parameters(model)
+        alone[0].update_parameters(alone[1])
+    of_average = masks.clone()
+    of_average.rebind(dict(average.module.named_parameters()))
+    masks.prune_(masks.shares(60))
+    average.update_parameters(model)  # which remembers weights from before
+    of_average.load_state_dict(masks.state_dict())
+    of_average.check_()
+    of_average.check_ranks()
+    assert_equal(whole_masks(of_average), whole_masks(masks))
+    average(mine(x))  # counts in ledgers of its own
+    assert _positions(tracker) == {3 * 40}
+    alone_masks.prune_(alone_masks.shares(60))
+    alone[0].update_parameters(alone[1])
+    expected = whole_weights(alone[0].module)
+    for name, value in whole_weights(average.module).items():
+        mask = whole_masks(masks).get(name, torch.tensor(True))
+        torch.testing.assert_close(value, expected[name] * mask, rtol=1e-3, atol=1e-4)
+
+
+def _all(values: Tensor) -> Tensor:
+    return values
+
+
+def test_averages_of_shards(ranks: Ranks) -> None:
+    ranks(2, _averages_of_shards)
 
 
 @every_kind

@@ -8,8 +8,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +17,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from faults_job import Run
-from pool import Ranks
+from pool import Ranks, torchrun
 
 import layer_collapse as lc
 from layer_collapse.resume.tensors import check_content
-
-_HERE = Path(__file__).parent
-
 
 # ---- killed
 
@@ -33,27 +28,11 @@ _HERE = Path(__file__).parent
 def _torchrun(world: int, kind: str, folder: Path, steps: int, faults: list[str]) -> list[str]:
     """Hashes that each rank ends with, after every fault was met."""
     folder.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={world}", f"--max-restarts={len(faults) + 2}"]
-    command += ["--monitor-interval=0.1", str(_HERE / "faults_job.py"), kind, str(folder)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(_HERE.parents[1]),
-        # Otherwise a restarted gloo may find addresses of killed processes, and fails once more.
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    }
-    done = subprocess.run(
-        [*command, str(steps), *faults],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
+    out, errors = torchrun(
+        world, "faults_job.py", kind, str(folder), str(steps), *faults, restarts=len(faults) + 2
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(list(folder.glob("fault-*"))) == len(faults), done.stdout
-    assert done.stderr.count("exitcode: -9") == len(faults), done.stderr
+    assert len(list(folder.glob("fault-*"))) == len(faults), out
+    assert errors.count("exitcode: -9") == len(faults), errors
     assert not list((folder / "checkpoints").glob(".*"))
     return [(folder / f"hashes-{rank}").read_text() for rank in range(world)]
 
@@ -80,7 +59,7 @@ def test_killed_ranks_change_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("world", "kind"), [(2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")])
 def test_ranks_killed_at_random(tmp_path: Path, world: int, kind: str) -> None:
     draw = random.Random(world)

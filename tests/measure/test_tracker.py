@@ -327,11 +327,11 @@ def test_an_empty_batch_counts_nothing() -> None:
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS, ids=lambda k: k.name)
-def test_autocast(kind: Kind) -> None:
-    model = nn.Sequential(nn.Linear(4, 6), module(kind), nn.Linear(6, 2))
+def test_autocast(kind: Kind, device: torch.device) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), module(kind), nn.Linear(6, 2)).to(device)
     plain = copy.deepcopy(model)
-    x = torch.randn(16, 4)
-    with track(model) as tracker, torch.autocast("cpu", torch.bfloat16):
+    x = torch.randn(16, 4, device=device)
+    with track(model) as tracker, torch.autocast(device.type, torch.bfloat16):
         got = train_step(model, x)
         expected = train_step(plain, x)
         hidden = plain[0](x).detach()
@@ -660,11 +660,11 @@ def test_tracking_an_already_compiled_model(compiled: Any) -> None:
     assert all(ledger[POSITIONS] == 3 for ledger in tracker.state_dict().values())
 
 
-def test_inductor_end_to_end() -> None:
+def test_inductor_end_to_end(device: torch.device) -> None:
     torch._dynamo.reset()
-    model = Masked()
+    model = Masked().to(device)
     eager = copy.deepcopy(model)
-    x = torch.randn(6, 4)
+    x = torch.randn(6, 4, device=device)
     with track(model) as tracker, track(eager) as reference:
         got = train_step(torch.compile(model, fullgraph=True), x)
         expected = train_step(eager, x)

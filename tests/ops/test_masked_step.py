@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -102,7 +102,11 @@ def test_adamw_equals_twin(dtype, shape, amsgrad, maximize, device):
             torch.testing.assert_close(ours, theirs)
 
 
-@settings(max_examples=60, deadline=None)
+# the device is the same for all examples of a test
+same_device = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@settings(same_device, max_examples=60, deadline=None)
 @given(
     count=st.integers(0, 300),
     sparsity=st.floats(0, 1),
@@ -110,8 +114,9 @@ def test_adamw_equals_twin(dtype, shape, amsgrad, maximize, device):
     seed=st.integers(0, 1000),
     special=st.sampled_from([0.0, -0.0, math.inf, 1e-40, 65504.0]),
 )
-def test_sgd_special_values(count, sparsity, dtype, seed, special):
-    weight, grad, (buffer, *_), words = sgd_case((count,), dtype, sparsity, seed=seed)
+def test_sgd_special_values(count, sparsity, dtype, seed, special, device):
+    case = sgd_case((count,), dtype, sparsity, seed=seed, device=device)
+    weight, grad, (buffer, *_), words = case
     grad[::3] = special
     twin, twin_buffer = copies(weight, buffer)
     kwargs = {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.1}
@@ -134,7 +139,7 @@ def holes(shape, kind, seed):
     return alive
 
 
-@settings(max_examples=40, deadline=None)
+@settings(same_device, max_examples=40, deadline=None)
 @given(
     shape=st.sampled_from([(9000,), (70, 131), (33, 7, 3, 3), (17, 40, 5, 5), (20, 9, 2, 2)]),
     kind=st.sampled_from(["sparse", "mixed", "rows"]),
@@ -142,20 +147,21 @@ def holes(shape, kind, seed):
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )
-def test_lines_with_and_without_work(shape, kind, channels_last, dtype, seed):
-    words = pack(holes(shape, kind, seed))
+def test_lines_with_and_without_work(shape, kind, channels_last, dtype, seed, device):
+    words = pack(holes(shape, kind, seed)).to(device)
     layout = torch.channels_last if channels_last and len(shape) == 4 else torch.contiguous_format
-    weight, grad, state, _ = sgd_case(shape, dtype, 0.0, layout, seed)
+    weight, grad, state, _ = sgd_case(shape, dtype, 0.0, layout, seed, device)
     apply_masks_([weight, *state], [words] * 4)
     twin, *twins = copies(weight, *state)
     apply_masks_reference([twin, *twins], [words] * 4)
     assert torch.equal(weight, twin)
     grad[grad > 2] = math.inf
-    kwargs = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "grad_scale": torch.tensor(3.0)}
+    scale = torch.tensor(3.0, device=device)
+    kwargs = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "grad_scale": scale}
     masked_sgd_([weight], [grad], state[:1], [words], **kwargs)
     masked_sgd_reference([twin], [grad], twins[:1], [words], **kwargs)
     torch.testing.assert_close(weight, twin, equal_nan=True)
-    steps = [torch.tensor(3.0)]
+    steps = [torch.tensor(3.0, device=device)]
     masked_adamw_([weight], [grad], *[[t] for t in state], [words], steps, lr=0.1, maximize=True)
     masked_adamw_reference(
         [twin], [grad], *[[t] for t in twins], [words], steps, lr=0.1, maximize=True
@@ -304,6 +310,25 @@ def test_grad_scale_and_found_inf():
         assert torch.equal(buffer, before[1])
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_rate_in_a_tensor_is_that_number(name, dtype, device):
+    """To the bit, and read at every step."""
+    weight, grad, state, words = sgd_case((5, 70), torch.float32, 0.5, device=device)
+    twin, *twins = copies(weight, *state)
+    rate = torch.zeros((), dtype=dtype, device=device)
+    step = torch.tensor(3.0, device=device)
+    for value in (0.1, 0.0, 0.03):
+        rate.fill_(value)
+        for own, kept, lr in ((weight, state, rate), (twin, twins, float(rate))):
+            if name == "sgd":
+                masked_sgd_([own], [grad], kept[:1], [words], lr=lr, momentum=0.9)
+            else:
+                masked_adamw_([own], [grad], kept[:1], kept[1:2], [], [words], [step], lr=lr)
+        assert torch.equal(weight, twin)
+    assert float((weight - sgd_case((5, 70), torch.float32, 0.5, device=device)[0]).abs().sum()) > 0
+
+
 def test_several_threads_equal_one():
     threads = torch.get_num_threads()
     results = []
@@ -359,6 +384,7 @@ def test_opcheck(layout):
             False,
             number,
             None,
+            number,
         ),
     )
     torch.library.opcheck(
@@ -377,6 +403,7 @@ def test_opcheck(layout):
             1e-8,
             0.1,
             False,
+            number,
             number,
             number,
         ),
@@ -427,6 +454,8 @@ REFUSALS = [
     ({"momentum": 0.0}, r"momentum_buffers must be empty without momentum \(got 1\)"),
     ({"found_inf": torch.zeros(2)}, r"found_inf must hold one number \(got 2\)"),
     ({"grad_scale": torch.ones((), dtype=torch.int32)}, r"grad_scale must be float32 or float64"),
+    ({"lr": torch.ones(2)}, r"lr_scale must hold one number \(got 2\)"),
+    ({"lr": torch.ones((), dtype=torch.int64)}, r"lr_scale must be float32 or float64"),
 ]
 
 
@@ -435,12 +464,13 @@ def test_sgd_refuses(change, message):
     words = torch.tensor([-1, 255], dtype=torch.int32)
     case = {
         "params": [torch.ones(40)], "grads": [torch.ones(40)], "buffers": [torch.ones(40)],
-        "masks": [words], "momentum": 0.9, "found_inf": None, "grad_scale": None, **change,
+        "masks": [words], "momentum": 0.9, "found_inf": None, "grad_scale": None, "lr": 0.1,
+        **change,
     }  # fmt: skip
     before = [p.clone() for p in case["params"]]
     with pytest.raises(RuntimeError, match="^masked_sgd_: " + message):
         masked_sgd_(
-            case["params"], case["grads"], case["buffers"], case["masks"], lr=0.1,
+            case["params"], case["grads"], case["buffers"], case["masks"], lr=case["lr"],
             momentum=case["momentum"], found_inf=case["found_inf"], grad_scale=case["grad_scale"],
         )  # fmt: skip
     assert all(map(torch.equal, before, case["params"]))

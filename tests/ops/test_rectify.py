@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,7 @@ from helpers import (
     reference_of,
     sample,
 )
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from layer_collapse.ops.rectify import (
     COUNT,
     FLAGS,
     HEADER,
+    LIVE,
     POSITIONS,
     apply_torch,
     counts_of,
@@ -90,6 +92,15 @@ LAYOUTS: dict[str, tuple[Make, int]] = {
 }
 
 
+def there(x: Tensor, device: torch.device) -> Tensor:
+    """The same values with the same strides, which moving alone would pack."""
+    if device.type == "cpu":
+        return x
+    base = torch.empty(x.untyped_storage().nbytes() // x.itemsize, dtype=x.dtype, device=device)
+    base.copy_(x.as_strided((base.numel(),), (1,), 0))
+    return base.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
 def run(
     kind: Kind, x: Tensor, channel_dim: int, valid: Tensor | None = None, inplace: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -104,13 +115,9 @@ def test_output_and_counts_are_those_of_plain_torch(
     kind: Kind, dtype: torch.dtype, layout: str, device: torch.device
 ) -> None:
     make, channel_dim = LAYOUTS[layout]
-    # Moving packs a strided tensor: the layout has to be made on the device.
     with torch.device("cpu"):
         x = make(dtype)
-    if device.type != "cpu":
-        base = torch.empty(x.untyped_storage().nbytes() // x.itemsize, dtype=dtype, device=device)
-        base.copy_(x.as_strided((base.numel(),), (1,), 0))
-        x = base.as_strided(x.shape, x.stride(), x.storage_offset())
+    x = there(x, device)
     before = x.clone()
     expected, reference = reference_of(kind, x, channel_dim)
     y, ledger = run(kind, x, channel_dim)
@@ -184,26 +191,32 @@ def strided_inputs(draw: st.DrawFn) -> tuple[Tensor, int, Tensor | None]:
     return x, channel_dim, valid
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+# the device is the same for all examples of a test
+same_device = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@settings(same_device, max_examples=150, deadline=None, derandomize=True)
 @given(kind=st.sampled_from(ALL_KINDS), inputs=strided_inputs())
 def test_any_strides_channel_dim_and_mask(
-    kind: Kind, inputs: tuple[Tensor, int, Tensor | None]
+    kind: Kind, inputs: tuple[Tensor, int, Tensor | None], device: torch.device
 ) -> None:
     x, channel_dim, valid = inputs
+    x = there(x, device)
+    valid = None if valid is None else there(valid, device)
     expected, reference = reference_of(kind, x, channel_dim, valid)
     y, ledger = run(kind, x, channel_dim, valid)
     assert_same_bits(y, expected)
     assert torch.equal(ledger, reference)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(same_device, max_examples=100, deadline=None, derandomize=True)
 @given(
     kind=st.sampled_from(ALL_KINDS),
     values=st.lists(st.floats(width=32), min_size=1, max_size=70),
     channels=st.integers(1, 4),
 )
-def test_any_values(kind: Kind, values: list[float], channels: int) -> None:
-    x = torch.tensor(values).repeat(channels).view(-1, channels)
+def test_any_values(kind: Kind, values: list[float], channels: int, device: torch.device) -> None:
+    x = torch.tensor(values).repeat(channels).view(-1, channels).to(device)
     expected, reference = reference_of(kind, x, 1)
     y, ledger = run(kind, x, 1)
     assert_same_bits(y, expected)
@@ -526,3 +539,35 @@ def test_older_machines_give_the_same(machine: str) -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_two_threads_share_a_ledger() -> None:
+    """rectify and bn_rectify count into one ledger at once: no count is lost."""
+    channels, calls = 16384, 200  # much to add for little to count: the two meet all the time
+    kind = KINDS["relu"]
+    ledger = new_ledger(kind, channels)
+    ledger[FLAGS] |= LIVE
+    x = sample(2, channels)
+    numbers = torch.zeros(channels), torch.ones(channels)
+    start = threading.Barrier(2)
+
+    def rectifies() -> None:
+        start.wait()
+        for _ in range(calls):
+            rectify(call_of(kind, x, 1, False), ledger, 1)
+
+    def normalises() -> None:
+        start.wait()
+        for _ in range(calls):
+            torch.ops.layer_collapse.bn_rectify(
+                x, None, None, *numbers, ledger, False, 0.1, 0.0, kind.code, 0.0
+            )
+
+    threads = [threading.Thread(target=target) for target in (rectifies, normalises)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    _, alone = run(kind, x, 1)
+    assert ledger[POSITIONS] == 2 * calls * alone[POSITIONS]
+    assert torch.equal(ledger[HEADER:], 2 * calls * alone[HEADER:])

@@ -463,6 +463,23 @@ def test_functional_pooling_and_flattening_are_named() -> None:
     assert "flattening is linear" in reasons(fold(Head(False).double(), grid(4, 2, 2)))
 
 
+def test_circular_padding_goes_around_once_at_most() -> None:
+    """Two layers may go around further than one of torch's can: 3 and 3 on 5 pixels."""
+    pad = {"padding": 3, "padding_mode": "circular"}
+    model = seeded(C(2, 3, 7, **pad), C(3, 2, 7, **pad))
+    result = fold(model, grid(2, 5, 6))
+    assert made(result) == []
+    (refused,) = result.report.refusals
+    assert (
+        "would pad 5 pixels by 6 in mode 'circular', and torch goes around once" in refused.reason
+    )
+    with pytest.raises(RuntimeError, match="wrapping around more than once"):
+        nn.functional.pad(grid(2, 5, 6), (6, 6, 6, 6), mode="circular")
+    larger = fold(model, grid(2, 6, 6))
+    assert made(larger) == ["convolution"]
+    same(model, larger, grid(2, 6, 6))
+
+
 def test_mixed_padding_modes_are_refused() -> None:
     model = seeded(
         C(4, 6, 3, padding=(1, 0), padding_mode="circular"),

@@ -20,7 +20,7 @@ from layer_collapse.removal import REMOVALS, NotApplicable, Settings, Steering
 from layer_collapse.removal.choosing import lowest
 from layer_collapse.removal.continuous import Continuous
 
-from .settings import NETWORKS, Parallel, resnet
+from .settings import NETWORKS, Inverted, Parallel, resnet
 
 _CASES = {
     "drop": (REMOVALS["drop"](), "constant"),
@@ -115,8 +115,10 @@ def test_in_a_loop_of_ones_own_optimizer_and_schedule_stay() -> None:
 def _steer(
     model: nn.Module, x: torch.Tensor, remove: int, settings: Settings
 ) -> lc.removal.Outcome:
-    steering = Steering(model, [x], x, lambda m: float(m(x).square().mean()), remove=remove,
-                        settings=settings)  # fmt: skip
+    def loss(model: nn.Module) -> float:
+        return float(model(x).detach().square().mean())
+
+    steering = Steering(model, [x], x, loss, remove=remove, settings=settings)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     for step in range(1, 21):
         optimizer.zero_grad()
@@ -141,6 +143,28 @@ def test_what_has_no_way_around_leaves_by_becoming_linear() -> None:
     outcome = _steer(Parallel(), x, 2, Settings(forms=("constant", "linear"), moves=3))
     assert [one.kind for one in outcome.removed] == ["empty", "linearised"]
     assert outcome.note == ""
+
+
+def test_two_rectifiers_of_a_branch_leave_at_one_time_or_not_at_all() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(50, 4, 5, 5)
+    both = _steer(Inverted(), x, 2, Settings(forms=("constant",), moves=3))
+    assert [one.name for one in both.removed] == ["act1", "act2"]
+    assert both.removed[0].epoch == both.removed[1].epoch
+    one = _steer(Inverted(), x, 1, Settings(forms=("constant",), moves=3))
+    assert one.removed == []
+    assert one.note.startswith("0 of 1 left")
+
+
+def test_rectifiers_that_work_in_place_become_linear_too() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(50, 4, 5, 5)
+    outcome = _steer(Inverted(), x, 2, Settings(moves=3))
+    assert {one.name for one in outcome.removed} == {"act1", "act2"}
+    model = outcome.model.eval()
+    folded = lc.fold(model, x).model
+    assert rectifier_nodes(trace(folded, x)) == []
+    torch.testing.assert_close(folded(x), model(x))
 
 
 def test_a_run_that_ends_early_removes_what_is_on_its_way_and_says_so() -> None:

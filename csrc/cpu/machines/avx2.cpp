@@ -1,9 +1,10 @@
-// The loops of rectify_run.h with the instructions of x86-64-v3; chosen at run time.
+// The loops with the instructions of x86-64-v3; chosen at run time.
 #if defined(__x86_64__)
 #include "cpu/machines/outside.h"
 
 #define LC_MACHINE avx2
 #define LC_AVX2  // the pragma defines no macro in C++
 #pragma GCC target("arch=x86-64-v3")
+#include "cpu/masked_run.h"
 #include "cpu/rectify_run.h"
 #endif

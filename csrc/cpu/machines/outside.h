@@ -9,6 +9,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -16,8 +18,13 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <span>
 #include <type_traits>
+#include <variant>
 #include <vector>
 
+#include "core/bitmask.h"
 #include "cpu/dispatch.h"
+#include "cpu/ledger_writes.h"
+#include "cpu/masked_step.h"
 #include "cpu/rectify.h"

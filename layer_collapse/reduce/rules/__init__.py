@@ -19,7 +19,7 @@ from .constant import constant
 from .convolution import convolution
 from .forward import forward
 from .gate import gate
-from .linear import linear
+from .linear import linear, merged_size
 from .neurons import neurons
 from .residual import residual
 
@@ -36,3 +36,6 @@ RULES: Mapping[str, Rule] = {
     "residual": residual,
     "forward": forward,
 }
+
+#: Rules that begin at the nodes for which this is smallest; the others go along the graph.
+FIRST: Mapping[str, Callable[[Work, fx.Node], int]] = {"linear": merged_size}

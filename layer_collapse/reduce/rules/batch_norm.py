@@ -1,4 +1,4 @@
-"""BatchNorm into the layer in front of it."""
+"""BatchNorm into the layer in front of it, or into a smaller one behind it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from ...graph import BATCH_NORM, WEIGHTED
 from ..layers import affine, channel_dim, scale_and_offset
 from ..walk import above, read_elsewhere
 from ..work import Plan, Refused, Work
+from .forward import lighter_behind
 
 
 def batch_norm(work: Work, node: fx.Node) -> Plan | None:
@@ -37,6 +38,8 @@ def batch_norm(work: Work, node: fx.Node) -> Plan | None:
     shape = work.shape(source)
     if channel_dim(layer, len(shape)) != 1:
         raise Refused(f"its channels are not those of {source.target!r} (shape {list(shape)})")
+    if (plan := lighter_behind(work, node, layer)) is not None:
+        return plan
     folded = affine(layer, *pair)
     if folded is None:
         raise Refused(f"{source.target!r} is a {type(layer).__name__}, which cannot take it")

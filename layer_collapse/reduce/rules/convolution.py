@@ -83,6 +83,8 @@ def _plan(
     mapped = not exact and work.border == "biasmap" and not found.windows
     if not (exact or ring or mapped):  # before anything as large as the merged layer is made
         raise Refused(_reason(work, found, outer.mode, str(place.target), biased))
+    if (reason := _too_much(composed(inner, outer, found.mode), sizes)) is not None:
+        raise Refused(reason)
     whole = merged(first, second, found.mode)
     plan = Plan(
         name=str(place.target),
@@ -120,6 +122,17 @@ def _plan(
         plan.rule, plan.sized = "biasmap", True
         plan.detail += f" and a constant of shape {list(value.shape)}, for this input size only"
     return plan
+
+
+def _too_much(whole: Geometry, sizes: Sequence[int]) -> str | None:
+    """Why torch cannot pad an image as one layer must that pads for two, or None."""
+    for size, padding in zip(sizes, map(max, whole.before, whole.after), strict=True):
+        if whole.mode == "circular" and padding > size:
+            return (
+                f"one layer would pad {size} pixels by {padding} in mode 'circular', and torch "
+                "goes around once at most; fold with larger example inputs"
+            )
+    return None
 
 
 def _larger(whole: Geometry, sizes: Sequence[int]) -> list[int]:

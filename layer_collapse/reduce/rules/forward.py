@@ -20,7 +20,7 @@ from ..layers import (
     with_tensors,
 )
 from ..proof import Call
-from ..walk import free_path, only_user, passes_through, read_elsewhere
+from ..walk import free_path, only_user, passes_through
 from ..work import Plan, Refused, Work
 
 
@@ -34,10 +34,7 @@ def forward(work: Work, node: fx.Node) -> Plan | None:
     known = (AffineGate, ConstantBias, *BATCH_NORM)
     if module is None or type(module) not in known or work.hooked(node):
         return None
-    chain, reader = [node], only_user(node)
-    while reader is not None and passes_through(work, reader):
-        chain.append(reader)
-        reader = only_user(reader)
+    reader = _reader(work, node)
     layer = work.called(reader) if reader is not None else None
     if reader is None or layer is None or type(layer) not in (nn.Linear, *CONV):
         return None
@@ -48,7 +45,6 @@ def forward(work: Work, node: fx.Node) -> Plan | None:
         return None
     if reason := work.obstacle(reader):
         raise Refused(reason)
-    assert read_elsewhere(chain) is None  # only_user has led here
     scale, value = pair
     weight = stored_weight(layer) if scale is None else scaled_columns(layer, scale)
     added = _added(layer, value, shape, dim)
@@ -68,6 +64,27 @@ def forward(work: Work, node: fx.Node) -> Plan | None:
     plan.detail += f" and a constant of shape {list(image.shape)}, for this input size only"
     plan.rule, plan.sized = "biasmap", True
     return plan
+
+
+def lighter_behind(work: Work, node: fx.Node, layer: nn.Module) -> Plan | None:
+    """A gate or batch norm behind a Linear into the Linear that reads it, if that has less weights.
+
+    Both ways are exact; of a network that consists of one large layer this one copies little.
+    """
+    reader = _reader(work, node)
+    behind = work.called(reader) if reader is not None else None
+    if reader is None or type(layer) is not nn.Linear or type(behind) is not nn.Linear:
+        return None
+    lighter = stored_weight(behind).numel() < stored_weight(layer).numel()
+    return forward(work, node) if lighter and work.obstacle(reader) is None else None
+
+
+def _reader(work: Work, node: fx.Node) -> fx.Node | None:
+    """The one node that reads a value, seen through dropouts, or None."""
+    reader = only_user(node)
+    while reader is not None and passes_through(work, reader):
+        reader = only_user(reader)
+    return reader
 
 
 def _pair(

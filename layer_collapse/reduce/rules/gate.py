@@ -1,4 +1,4 @@
-"""A gate into the layer that feeds it."""
+"""A gate into the layer that feeds it, or into a smaller one that reads it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from ..gate import AffineGate
 from ..layers import affine, channel_dim
 from ..walk import above, read_elsewhere
 from ..work import Plan, Refused, Work
+from .forward import lighter_behind
 
 
 def gate(work: Work, node: fx.Node) -> Plan | None:
@@ -31,6 +32,11 @@ def gate(work: Work, node: fx.Node) -> Plan | None:
         raise Refused(reason)
     if busy := read_elsewhere([source, *between]):
         raise Refused(f"the value of {busy.name!r} is used elsewhere")
+    off = int(torch.count_nonzero((module.scale == 0) & (module.offset == 0)))
+    neurons = f"{off} of {len(module.scale)} neurons off"
+    if (plan := lighter_behind(work, node, layer)) is not None:
+        plan.detail += f", {neurons}"
+        return plan
     scale = None if bool((module.scale == 1).all()) else module.scale
     fits = channel_dim(layer, ndim) == module.channel_dim % ndim
     folded = affine(layer, scale, module.offset) if fits else None
@@ -39,10 +45,9 @@ def gate(work: Work, node: fx.Node) -> Plan | None:
             f"{source.target!r} ({type(layer).__name__}) has no rows along dim "
             f"{module.channel_dim} that could take it"
         )
-    off = int(torch.count_nonzero((module.scale == 0) & (module.offset == 0)))
     return Plan(
         name=name,
-        detail=f"into {source.target}, {off} of {len(module.scale)} neurons off",
+        detail=f"into {source.target}, {neurons}",
         sources=(source.all_input_nodes[0],),
         target=node,
         modules={str(source.target): folded},

@@ -49,3 +49,15 @@ def linear(work: Work, node: fx.Node) -> Plan | None:
         becomes={(between or [source])[0]: entrance},
         merges=True,
     )
+
+
+def merged_size(work: Work, node: fx.Node) -> int:
+    """Weights of what a Linear and the one that it reads would become; 0 for any other node.
+
+    Chains merge from where this is smallest: 25088 -> 4096 -> 4096 -> 1000 never is 25088 -> 4096.
+    """
+    second = work.called(node)
+    first = work.called(above(work, node)[0]) if type(second) is nn.Linear else None
+    if type(second) is not nn.Linear or type(first) is not nn.Linear:
+        return 0
+    return second.out_features * first.in_features
