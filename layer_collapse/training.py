@@ -53,6 +53,10 @@ class Recipe:
         return self.dense_epochs if phase.kind == "dense" else self.epochs
 
 
+class Diverged(RuntimeError):
+    """The training loss is not finite."""
+
+
 #: Called after every optimizer step with the model, the optimizer, the step from 1, and how many.
 AfterStep = Callable[[nn.Module, torch.optim.Optimizer, int, int], None]
 
@@ -71,7 +75,7 @@ def fit(
         samples: (inputs, classes) of each step; a mapping of inputs gives keyword arguments.
 
     Raises:
-        RuntimeError: the loss is not finite.
+        Diverged: the loss is not finite.
     """
     optimizer: torch.optim.Optimizer
     if recipe.optimizer == "sgd":
@@ -91,7 +95,7 @@ def fit(
             optimizer.step()
             schedule.step()
             if not math.isfinite(loss.item()):
-                raise RuntimeError(
+                raise Diverged(
                     f"the training loss is {loss.item()} at step {step} of {steps}; lower the "
                     f"learning rate ({recipe.lr})"
                 )
@@ -121,7 +125,7 @@ def train_phase(
     """Train in place for one phase; pruned weights stay zero.
 
     Raises:
-        RuntimeError: the loss is not finite.
+        Diverged: the loss is not finite.
     """
     epochs = recipe.epochs_of(phase)
     steps = -(-len(split) // recipe.batch)
@@ -134,8 +138,8 @@ def train_phase(
 
     try:
         fit(model, masks, recipe, samples(), epochs * steps)
-    except RuntimeError as error:
-        raise RuntimeError(f"{phase}: {error}") from error
+    except Diverged as error:
+        raise Diverged(f"{phase}: {error}") from error
 
 
 def predictions(model: nn.Module, split: Split, batch: int = 1000) -> Tensor:

@@ -83,6 +83,12 @@ def _run(arguments: argparse.Namespace) -> int:
     every = Bench(cells("all", arguments.quick), folder, version)
     written = pages.write(out, every.results(), version, arguments.quick)
     results.print(f"{written}", markup=False, soft_wrap=True)
+    if bench.failures:
+        cell, reason = bench.failures[0]
+        raise RuntimeError(
+            f"{len(bench.failures)} of {len(wanted)} cells failed and are missing in the tables; "
+            f"the first is {cell}: {reason}"
+        )
     return 0
 
 
@@ -101,7 +107,7 @@ class _Progress:
             transient=True,
             disable=not messages.is_terminal,
         )
-        self.all = self.bars.add_task("cells", total=len(wanted))
+        self.all = self.bars.add_task("cells to compute", total=len(wanted))
         self.now = self.bars.add_task("", total=None, visible=False)
         self.left, self.epochs, self.spent, self.computed = len(wanted), 0.0, 0.0, 0
         self.began = time.monotonic()
@@ -130,15 +136,16 @@ class _Progress:
 
     def log(self, line: str) -> None:
         """See :class:`layer_collapse.paper.bench.Listener`."""
-        if self.bars.disable is False:
-            self.bars.update(self.now, refresh=True)
+        if messages.is_terminal:
+            log(line)
 
     def end(self, cell: Cell, result: dict[str, Any], known: bool) -> None:
         """See :class:`layer_collapse.paper.bench.Listener`."""
         self.left -= 1
-        self.bars.advance(self.all)
-        if known:
+        if known:  # the time that is left depends on the others alone
+            self.bars.update(self.all, total=self.computed + self.left)
             return
+        self.bars.advance(self.all)
         self.computed += 1
         self.spent += time.monotonic() - self.began
         eta = self.spent / self.computed * self.left / 60

@@ -12,6 +12,7 @@ from ..graph import ordered_inputs, trace
 from ..prune.rounds import CutError
 from ..reduce.report import size_of
 from ..removal import REMOVALS, NotApplicable, Outcome
+from ..training import Diverged
 from .cells import Cell
 from .controls import shallow, train_dense
 from .loops import TrainingLoop
@@ -42,8 +43,8 @@ def run_cell(
 
     Returns:
         JSON data of :func:`layer_collapse.paper.measure.measure` with the size of the whole network
-        and the seconds that the cell took; of an arm that cannot work on this network, "n/a" with
-        the reason; of a cut network, "cut" with what shows it.
+        and the seconds that the cell took; of an arm that cannot work on this network or whose
+        training diverges, "n/a" with the reason; of a cut network, "cut" with what shows it.
     """
     network, epochs = NETWORKS[cell.network], float(cell.settings["epochs"])
     loop = TrainingLoop(
@@ -69,7 +70,7 @@ def run_cell(
                 model, loop, epochs, cell.remove
             )
         result |= measure(outcome, loop, task.test, network.build())
-    except NotApplicable as error:
+    except (NotApplicable, Diverged) as error:
         result["n/a"] = str(error)
     except CutError as error:
         result["cut"] = str(error)

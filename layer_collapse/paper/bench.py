@@ -44,19 +44,21 @@ class Bench:
         folder: where results lie, one file each.
         version: of the code, as :func:`layer_collapse.paper.cells.code_version` gives it.
         data_root: folder of Fashion-MNIST, None for the default.
+        failures: cells that raised an error, which is a fault of the code; they have no result.
     """
 
     cells: list[Cell]
     folder: Path
     version: str
     data_root: Path | None = None
+    failures: list[tuple[Cell, Exception]] = field(default_factory=list)
     _tasks: dict[tuple[str, Sizes], Task] = field(default_factory=dict, repr=False)
 
     def run(self, listener: Listener, minutes: float | None = None) -> bool:
         """Compute what is missing; after ``minutes`` no further cell is begun.
 
         Returns:
-            Whether all cells are there now.
+            Whether all cells were tried.
         """
         end = None if minutes is None else time.monotonic() + 60 * minutes
         numbers = {id(cell): number for number, cell in enumerate(self.cells, start=1)}
@@ -65,6 +67,8 @@ class Bench:
             gone = None
             if "like" in cell.settings:
                 source = result_of(copied(cell), self.folder, self.version)
+                if any(copied(cell) == one for one, _ in self.failures):
+                    raise RuntimeError(f"{cell.settings['like']}, which it copies, failed")
                 if source is None:
                     return None  # another process computes it
                 if reason := self._no_architecture(source):
@@ -76,11 +80,16 @@ class Bench:
         def stop() -> bool:
             return end is not None and time.monotonic() >= end
 
+        def failed(cell: Cell, error: Exception) -> None:
+            self.failures.append((cell, error))
+            listener.log(f"{cell} failed: {error}")
+
         done = 0
-        for cell, result, known in compute(self.cells, self.folder, self.version, run, stop):
+        found = compute(self.cells, self.folder, self.version, run, stop, failed)
+        for cell, result, known in found:
             listener.end(cell, result, known)
             done += 1
-        return done == len(self.cells)
+        return done + len(self.failures) == len(self.cells)
 
     def results(self) -> list[tuple[Cell, dict[str, Any]]]:
         """The cells that are there, in order."""

@@ -79,6 +79,7 @@ def compute(
     version: str,
     run: Callable[[Cell], dict[str, Any] | None],
     stop: Callable[[], bool] = lambda: False,
+    failed: Callable[[Cell, Exception], None] | None = None,
     pause: float = 1.0,
 ) -> Iterator[tuple[Cell, dict[str, Any], bool]]:
     """Run what is missing, in order; each result is on disk before the next cell begins.
@@ -89,6 +90,8 @@ def compute(
 
     Args:
         stop: asked before each cell.
+        failed: told of a cell that raises RuntimeError or ValueError, which is left out then;
+            without it, the error is raised.
         pause: seconds between two rounds of trying.
 
     Yields:
@@ -101,13 +104,17 @@ def compute(
         for cell in waiting:
             if stop():
                 return
-            known = result_of(cell, folder, version)
-            if known is not None:
-                yield cell, known, True
-            elif (found := _locked(cell, folder, version, run)) is not None:
-                yield cell, *found
-            else:
+            try:
+                found = _locked(cell, folder, version, run)
+            except (RuntimeError, ValueError) as error:
+                if failed is None:
+                    raise
+                failed(cell, error)
+                continue
+            if found is None:
                 later.append(cell)
+            else:
+                yield cell, *found
         waiting = later
         if waiting:
             time.sleep(pause)
@@ -117,13 +124,14 @@ def _locked(
     cell: Cell, folder: Path, version: str, run: Callable[[Cell], dict[str, Any] | None]
 ) -> tuple[dict[str, Any], bool] | None:
     """Compute a cell unless another process does; None where it is not there yet."""
+    if (known := result_of(cell, folder, version)) is not None:
+        return known, True
     file = cell.file(folder, version)
     lock = file.with_suffix(".lock")
     try:
         with FileLock(lock, blocking=False):
-            known = result_of(cell, folder, version)  # by who held the lock until now
-            if known is not None:
-                return known, True
+            if (known := result_of(cell, folder, version)) is not None:
+                return known, True  # by who held the lock until now
             result = run(cell)
             if result is None:
                 return None

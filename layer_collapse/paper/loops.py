@@ -110,7 +110,7 @@ class TrainingLoop:
 
         Raises:
             ValueError: ``epochs`` is no finite number of 0 or more.
-            RuntimeError: the loss is not finite.
+            Diverged: the loss is not finite.
         """
         if not 0 <= epochs < math.inf:
             raise ValueError(f"expected a finite number of epochs, 0 or more (got {epochs})")

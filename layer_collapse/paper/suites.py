@@ -26,6 +26,8 @@ ARMS = ("dense", "continuous", "drop", "entropy", "magnitude", "shallow")
 """What every network goes through, each after those that it builds on."""
 
 _LIKE = "continuous"  # whose architecture the shallow network has
+_ABLATED = ("continuous-", "drop-")  # variants: on the first network of each family
+_LEADING = tuple(networks[0] for networks in SUITES.values())
 _SMALLEST = "resnet20"  # where every other strategy runs once
 _SHORT = 0.7  # the part of the epochs in which continuous shall reach what entropy reaches
 _SEEDS = 3
@@ -112,10 +114,16 @@ def _cells_of(name: str, quick: bool) -> list[tuple[int, Cell]]:
             short = settings | {"epochs": _SHORT * budget.epochs, "strategy": "continuous"}
             arm = f"continuous-{_SHORT}"
             found.append((seed + 1, Cell(name, arm, budget.counts[0], seed, short)))
-    if name == _SMALLEST and not quick:
-        for arm in REMOVALS:
-            if arm not in ARMS:
-                found.append((1, Cell(name, arm, budget.counts[0], 0, settings)))
+    ablations = [arm for arm in REMOVALS if arm not in ARMS and arm.startswith(_ABLATED)]
+    if not quick and name in _LEADING:
+        found += [
+            (seed + 1, Cell(name, arm, budget.counts[0], seed, settings))
+            for seed in range(_SEEDS)
+            for arm in ablations
+        ]
+    if not quick and name == _SMALLEST:
+        others = [arm for arm in REMOVALS if arm not in (*ARMS, *ablations)]
+        found += [(1, Cell(name, arm, budget.counts[0], 0, settings)) for arm in others]
     return found
 
 

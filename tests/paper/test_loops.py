@@ -8,7 +8,7 @@ from torch import nn
 
 import layer_collapse as lc
 from layer_collapse.paper.loops import Part, TrainingLoop
-from layer_collapse.training import Recipe
+from layer_collapse.training import Diverged, Recipe
 
 
 def _loop(samples: int = 50, seed: int = 0) -> TrainingLoop:
@@ -79,6 +79,13 @@ def test_padding_is_not_counted() -> None:
     loop = TrainingLoop(part, part, Recipe())
     report = lc.scan(_Pooled(), loop.batches(), loop.example_inputs)
     assert report["act"].positions == 3
+
+
+def test_a_loss_that_is_not_finite_is_an_error_by_name() -> None:
+    model = _model()
+    torch.nn.init.constant_(model.get_parameter("2.bias"), float("inf"))
+    with pytest.raises(Diverged, match=r"the training loss is nan at step 1 of 8; lower the"):
+        _loop().train(model, 2)
 
 
 def test_bad_input_gets_a_sentence() -> None:
