@@ -24,8 +24,11 @@ LC_INLINE void order_columns(uint8_t* bytes, int64_t blocks) {
       const auto packed = load<Words>(bytes);
 #pragma GCC unroll 8
       for (int i = 0; i < kBlock / kLanes<T>; ++i) {
-        const Words lanes = (packed >> (8 * i)) & 0xFF;
-        store(bytes + i * kLanes<T>, __builtin_convertvector(lanes, typename Lanes<T>::Bytes));
+        typename Lanes<T>::Unsigned lanes[kLanes<T>];
+        store(lanes, (packed >> (8 * i)) & 0xFF);
+        for (int lane = 0; lane < kLanes<T>; ++lane) {
+          bytes[i * kLanes<T> + lane] = static_cast<uint8_t>(lanes[lane]);
+        }
       }
     }
   }
@@ -40,8 +43,9 @@ LC_INLINE void add_columns(const uint8_t* bytes, int64_t width, int32_t* sums, b
 // The 64 bytes after the last column may be read.
 LC_INLINE void add_planes(const uint8_t* bytes, int64_t width, int64_t inner, int64_t channels,
                           int64_t* sums) {
-  SignBytes keep{};
-  for (int64_t i = 0; i < inner; ++i) keep[i] = -1;
+  int8_t first_columns[kBlock] = {};
+  std::fill_n(first_columns, inner, int8_t{-1});
+  const auto keep = load<SignBytes>(first_columns);
   for (int64_t first = 0, channel = 0; first < width; first += inner) {
     const auto eight = byte_sums(load<SignBytes>(bytes + first) & keep);
     sums[channel] += sum_lanes<double>(bits_as<Lanes<double>::Mask>(eight));

@@ -1,59 +1,32 @@
 // 64 bytes of a tensor as one vector, and the signs of its elements. Part of a machine's code: see
 // rectify_loops.h.
 //
-// GCC's vector extension: one 512-bit register where the machine has them, two of 256 bits or four
-// of 128 otherwise. A comparison yields integers of the element's width, -1 where it holds.
+// A comparison yields integers of the element's width, -1 where it holds.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
-#include "cpu/dispatch.h"
+#include "cpu/pack.h"
 
 namespace layer_collapse {
 namespace LC_MACHINE {
-
-template <typename T>
-using BitsOf = std::conditional_t<sizeof(T) == 2, int16_t,
-                                  std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>;
 
 template <typename T>
 inline constexpr int kLanes = 64 / sizeof(T);
 
 template <typename T>
 struct Lanes {
-  using Bits = BitsOf<T>;
+  using Bits = IntegerOf<sizeof(T)>;
   using Unsigned = std::make_unsigned_t<Bits>;
   static constexpr bool kHalf = sizeof(T) == 2;  // no machine computes with these: bits alone
 
-  typedef Bits Mask __attribute__((vector_size(64)));  // and counters
-  typedef Unsigned Words __attribute__((vector_size(64)));
-  typedef int8_t Bytes __attribute__((vector_size(64 / sizeof(T))));
-  typedef std::conditional_t<kHalf, Bits, T> Element;
-  typedef Element Values __attribute__((vector_size(64)));
-  typedef Compute<T> Wide __attribute__((vector_size(64)));  // what arithmetic on halves runs in
+  using Mask = Vector<Bits>;  // and counters
+  using Words = Vector<Unsigned>;
+  using Values = Vector<std::conditional_t<kHalf, Bits, T>>;
+  using Wide = Vector<Compute<T>>;  // what arithmetic on halves runs in
 };
-
-template <typename To, typename From>
-LC_INLINE To bits_as(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
-template <typename V, typename T>
-LC_INLINE V load(const T* source) {
-  V v;
-  std::memcpy(&v, source, sizeof(v));
-  return v;
-}
-
-template <typename V, typename T>
-LC_INLINE void store(T* target, V v) {
-  std::memcpy(target, &v, sizeof(v));
-}
 
 // Bit patterns of a half type; between two positive ones the order is that of the numbers.
 template <typename T>
@@ -128,21 +101,25 @@ LC_INLINE typename Lanes<T>::Mask is_within_three(typename Lanes<T>::Values v) {
 // The sum of all lanes, modulo 2^32 for 32-bit ones.
 template <typename T>
 LC_INLINE int64_t sum_lanes(typename Lanes<T>::Mask lanes) {
-  if constexpr (sizeof(T) == sizeof(int32_t)) {
-    typedef int32_t Half __attribute__((vector_size(32)));
-    typedef int32_t Quarter __attribute__((vector_size(16)));
-    Half halves[2];
-    std::memcpy(halves, &lanes, sizeof(halves));
-    const Half half = halves[0] + halves[1];
-    Quarter quarters[2];
-    std::memcpy(quarters, &half, sizeof(quarters));
-    const Quarter four = quarters[0] + quarters[1];
-    const Quarter two = four + __builtin_shuffle(four, Quarter{2, 3, 0, 1});
-    return two[0] + two[1];
+  if constexpr (sizeof(T) == sizeof(int16_t)) {
+    const auto pairs = bits_as<Vector<int32_t>>(lanes);
+    return sum_lanes<float>(((pairs << 16) >> 16) + (pairs >> 16));
   } else {
-    int64_t sum = 0;
-    for (int lane = 0; lane < kLanes<T>; ++lane) sum += lanes[lane];
-    return sum;
+    const auto part = sum_of_parts(lanes);
+    constexpr int kCount = sizeof(part) / sizeof(T);
+    if constexpr (sizeof(T) == sizeof(int32_t) && kCount > 4) {
+      typedef int32_t Quarter __attribute__((vector_size(16)));
+      Quarter quarters[kCount / 4];
+      std::memcpy(quarters, &part, sizeof(part));
+      Quarter four = quarters[0];
+      for (int i = 1; i < kCount / 4; ++i) four += quarters[i];
+      const Quarter two = four + __builtin_shuffle(four, Quarter{2, 3, 0, 1});
+      return two[0] + two[1];
+    } else {
+      int64_t sum = 0;
+      for (int lane = 0; lane < kCount; ++lane) sum += part[lane];
+      return sum;
+    }
   }
 }
 

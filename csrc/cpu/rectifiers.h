@@ -20,11 +20,11 @@ struct Relu {
   // Not max(v, 0): NaN and -0.0 stay, as in torch.relu.
   template <typename V>
   static LC_INLINE V apply(V v, V) {
-    return v < 0 ? V{} : v;
+    return select(v < 0, V{}, v);
   }
   template <typename T, typename V>
   static LC_INLINE V apply_bits(V v) {
-    return is_negative<T>(v) ? V{} : v;
+    return select(is_negative<T>(v), V{}, v);
   }
 };
 struct Relu6 {
@@ -32,13 +32,14 @@ struct Relu6 {
   static constexpr bool kOnBits = true, kOnSign = true, kSloped = false;
   template <typename V>
   static LC_INLINE V apply(V v, V) {
-    const V rectified = v < 0 ? V{} : v;
-    return rectified > 6 ? V{} + 6 : rectified;
+    const V rectified = select(v < 0, V{}, v);
+    return select(rectified > 6, V{} + 6, rectified);
   }
   template <typename T, typename V>
   static LC_INLINE V apply_bits(V v) {
-    const V rectified = is_negative<T>(v) ? V{} : v;
-    return is_above_six<T>(v) ? V{} + static_cast<int16_t>(HalfBits<T>::kSix) : rectified;
+    const V rectified = select(is_negative<T>(v), V{}, v);
+    const V six = V{} + static_cast<int16_t>(HalfBits<T>::kSix);
+    return select(is_above_six<T>(v), six, rectified);
   }
 };
 struct LeakyRelu {
@@ -46,7 +47,7 @@ struct LeakyRelu {
   static constexpr bool kOnBits = false, kOnSign = false, kSloped = true;
   template <typename V>
   static LC_INLINE V apply(V v, V slope) {
-    return v > 0 ? v : v * slope;
+    return select(v > 0, v, v * slope);
   }
 };
 struct Hardswish {
@@ -80,7 +81,7 @@ LC_INLINE void activate(typename Lanes<T>::Values v, T* y, const Compute<T>* slo
   } else {
     T halves[kLanes<T>];
     Compute<T> wide[kLanes<T>];
-    std::memcpy(static_cast<void*>(halves), &v, sizeof(halves));
+    store(halves, v);
     for (int i = 0; i < kLanes<T>; ++i) wide[i] = static_cast<Compute<T>>(halves[i]);
     for (int i = 0; i < kLanes<T>; i += kLanes<Compute<T>>) {
       const Wide slope = Rectifier::kSloped ? load<Wide>(slopes + i) : Wide{};

@@ -45,10 +45,9 @@ inline constexpr int64_t kAheadFloats = 512;
 // -1 in the lanes whose valid [n <= kLanes] is true.
 template <typename T>
 LC_INLINE typename Lanes<T>::Mask load_valid(const bool* valid, int64_t n) {
-  int8_t padded[kLanes<T>] = {};
-  std::memcpy(padded, valid, n);
-  const auto bytes = load<typename Lanes<T>::Bytes>(padded);
-  return -__builtin_convertvector(bytes, typename Lanes<T>::Mask);
+  IntegerOf<sizeof(T)> lanes[kLanes<T>] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = valid[i] ? -1 : 0;
+  return load<typename Lanes<T>::Mask>(lanes);
 }
 
 // Plane loop: n <= kLongestRow elements of one channel, so that no counter overflows;

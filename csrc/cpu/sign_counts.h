@@ -19,7 +19,7 @@ namespace layer_collapse {
 namespace LC_MACHINE {
 
 using Floats = Lanes<float>::Values;
-typedef int8_t SignBytes __attribute__((vector_size(64)));
+using SignBytes = Vector<int8_t>;
 inline constexpr int kGroup = 64;  // floats whose signs fill SignBytes
 inline constexpr int kRegisters = 64 / static_cast<int>(sizeof(Register::Floats));
 
@@ -28,41 +28,38 @@ inline constexpr bool kBySign = std::is_same_v<T, float> && Rectifier::kOnSign;
 
 using Group = Floats[4];
 
-// of(register) for every register of v.
-template <typename Operation>
-LC_INLINE Floats each_register(Floats v, const Operation& of) {
-  Register::Floats parts[kRegisters];
-  std::memcpy(parts, &v, sizeof(v));
-#pragma GCC unroll 4
-  for (auto& part : parts) part = of(part);
-  std::memcpy(&v, parts, sizeof(v));
-  return v;
-}
-
 // Zero where v < 0, v itself elsewhere: also -0.0 and NaN, as in torch.relu.
 LC_INLINE Floats at_least_zero(Floats v) {
-  return each_register(
-      v, [](Register::Floats part) { return Register::max(Register::Floats{}, part); });
+  return each_part(v,
+                   [](Register::Floats part) { return Register::max(Register::Floats{}, part); });
 }
 
 // 6 where v > 6, v itself elsewhere.
 LC_INLINE Floats at_most_six(Floats v) {
-  return each_register(
+  return each_part(
       v, [](Register::Floats part) { return Register::min(Register::Floats{} + 6, part); });
 }
 
 // A byte per float: positive, zero or negative like it, but for -0.0, which is negative.
 // Not in the order of the floats: column c of the group is byte place_of(c).
 LC_INLINE SignBytes signs_of(const Group& v) {
-  Register::Bits parts[4 * kRegisters], bytes[kRegisters];
-  std::memcpy(parts, v, sizeof(v));
-#pragma GCC unroll 4
+  const auto narrowed = [](auto a, auto b, auto c, auto d) __attribute__((always_inline)) {
+    return Register::narrow16(Register::narrow32((Register::Bits)a, (Register::Bits)b),
+                              Register::narrow32((Register::Bits)c, (Register::Bits)d));
+  };
+#if defined(LC_AVX512)
+  return (SignBytes)narrowed(v[0], v[1], v[2], v[3]);
+#else
+  constexpr int kOf = Vector<float>::kParts;
+  SignBytes bytes;
   for (int r = 0; r < kRegisters; ++r) {
-    const Register::Bits* of = parts + 4 * r;
-    bytes[r] =
-        Register::narrow16(Register::narrow32(of[0], of[1]), Register::narrow32(of[2], of[3]));
+    const auto of = [&](int i) __attribute__((always_inline)) {
+      return v[(4 * r + i) / kOf].part[(4 * r + i) % kOf];
+    };
+    bytes.part[r] = (SignBytes::Part)narrowed(of(0), of(1), of(2), of(3));
   }
-  return bits_as<SignBytes>(bytes);
+  return bytes;
+#endif
 }
 
 // Four bytes stay together. Register i of four leaves its part p of four floats in part p of the
@@ -77,12 +74,11 @@ constexpr int place_of(int column) {
 LC_INLINE SignBytes in_column_order(SignBytes bytes) {
   typedef int32_t Fours __attribute__((vector_size(64 / kRegisters)));
   constexpr int kFours = 16 / kRegisters;
-  Fours from{}, parts[kRegisters];
+  Fours from{};
   for (int i = 0; i < kFours; ++i) from[i] = place_of(4 * i) / 4;
-  std::memcpy(parts, &bytes, sizeof(bytes));
-#pragma GCC unroll 4
-  for (Fours& part : parts) part = __builtin_shuffle(part, from);
-  return bits_as<SignBytes>(parts);
+  return each_part(bytes, [&](auto part) __attribute__((always_inline)) {
+    return __builtin_shuffle((Fours)part, from);
+  });
 }
 
 // A counter is a byte per column, or one number for all of them. The number costs more per group,
@@ -111,11 +107,10 @@ LC_INLINE void count(SignBytes& counter, SignBytes holds) { counter -= holds; }
 
 // Of the 8 bytes of every 64-bit lane.
 LC_INLINE Lanes<double>::Words byte_sums(SignBytes bytes) {
-  Register::Bits parts[kRegisters];
-  std::memcpy(parts, &bytes, sizeof(bytes));
-#pragma GCC unroll 4
-  for (auto& part : parts) part = Register::byte_sums(part);
-  return bits_as<Lanes<double>::Words>(parts);
+  return bits_as<Lanes<double>::Words>(
+      each_part(bytes, [](auto part) __attribute__((always_inline)) {
+        return Register::byte_sums((Register::Bits)part);
+      }));
 }
 
 // Remembers whether a NaN came by.
@@ -132,19 +127,17 @@ class NanWatch {
   __mmask16 first_ = 0xFFFF, second_ = 0xFFFF;
 #else
   LC_INLINE void see(const Group& v) {
-    // Both are false where one of the two is NaN.
-    ordered_ &= ((v[0] < v[1]) | (v[0] >= v[1])) & ((v[2] < v[3]) | (v[2] >= v[3]));
+    unordered_ |= (v[0] != v[0]) | (v[1] != v[1]) | (v[2] != v[2]) | (v[3] != v[3]);
   }
   LC_INLINE bool saw_nan() const {
-    typedef int64_t Pairs __attribute__((vector_size(64)));
-    const auto pairs = bits_as<Pairs>(ordered_);
-    int64_t all = -1;
-    for (int i = 0; i < 8; ++i) all &= pairs[i];
-    return all != -1;
+    int64_t pairs[8], any = 0;
+    store(pairs, unordered_);
+    for (int64_t pair : pairs) any |= pair;
+    return any != 0;
   }
 
  private:
-  Lanes<float>::Mask ordered_ = ~Lanes<float>::Mask{};
+  Lanes<float>::Mask unordered_{};
 #endif
 };
 
@@ -226,7 +219,7 @@ void find_nan(const float* floats, int64_t n, const Found& found) {
     const int64_t end = std::min(n, first + kGroup);
     if (end - first == kGroup) {
       Group v;
-      std::memcpy(v, floats + first, sizeof(v));
+      for (int i = 0; i < 4; ++i) v[i] = load<Floats>(floats + first + i * kLanes<float>);
       NanWatch watch;
       watch.see(v);
       if (!watch.saw_nan()) continue;

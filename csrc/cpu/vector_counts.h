@@ -59,14 +59,16 @@ LC_INLINE void rectify_tail(const T* x, T* y, int64_t n, const Compute<T>* slope
                             const typename Lanes<T>::Mask* keep,
                             Tally<Rectifier, T, kBytes>& tally) {
   alignas(64) T padded[kVectors * kLanes<T>];
-  typename Lanes<T>::Mask kept[kVectors];
+  IntegerOf<sizeof(T)> kept[kVectors * kLanes<T>], given[kVectors * kLanes<T>];
   std::memset(static_cast<void*>(padded), 0, sizeof(padded));
   std::memcpy(static_cast<void*>(padded), x, n * sizeof(T));
-  for (int i = 0; i < kVectors * kLanes<T>; ++i) {
-    const int vector = i / kLanes<T>, lane = i % kLanes<T>;
-    kept[vector][lane] = i < n && (keep == nullptr || keep[vector][lane]) ? -1 : 0;
+  for (int i = 0; keep && i < kVectors; ++i) store(given + i * kLanes<T>, keep[i]);
+  for (int i = 0; i < kVectors * kLanes<T>; ++i) kept[i] = i < n && (!keep || given[i]) ? -1 : 0;
+  typename Lanes<T>::Mask counted[kVectors];
+  for (int i = 0; i < kVectors; ++i) {
+    counted[i] = load<typename Lanes<T>::Mask>(kept + i * kLanes<T>);
   }
-  rectify_group<true, kVectors>(padded, padded, slopes, kept, tally);
+  rectify_group<true, kVectors>(padded, padded, slopes, counted, tally);
   if constexpr (kWrites<Rectifier>) {
     std::memcpy(static_cast<void*>(y), padded, n * sizeof(T));
   }
