@@ -2,15 +2,13 @@
 // No include guard: bn_walks.h includes this once per instruction set, each time into a namespace
 // of its own.
 //
-// A vector is 64 bytes of floats or doubles, written with the compiler's vector extension: one
-// AVX-512 register, two of AVX2, four of SSE. 64 bytes of bfloat16 are two vectors ("parts"), that
-// of the elements at even places and that of those at odd ones: then a shift or a mask makes floats
-// of them and puts them back.
+// A vector is 64 bytes of floats or doubles (pack.h): one AVX-512 register, two of AVX2, four of
+// SSE. 64 bytes of bfloat16 are two vectors ("parts"), that of the elements at even places and that
+// of those at odd ones: then a shift or a mask makes floats of them and puts them back.
 
-using Floats = float __attribute__((vector_size(64)));
-using Doubles = double __attribute__((vector_size(64)));
-using HalfFloats = float __attribute__((vector_size(32)));
-using Words = uint32_t __attribute__((vector_size(64)));
+using Floats = Vector<float>;
+using Doubles = Vector<double>;
+using Words = Vector<uint32_t>;
 
 template <typename V>
 using Wide = std::conditional_t<std::is_same_v<V, double>, Doubles, Floats>;
@@ -22,7 +20,7 @@ using Flags = decltype(Wide<V>{} < Wide<V>{});
 // mask steps, and a maximum that is `z < 0 ? 0 : z` also for NaN and -0.0.
 template <typename W>
 LC_INLINE void multiply_add(const W& a, const W& b, const W& c, W& sum) {
-#ifdef LC_BN_AVX512
+#ifdef LC_AVX512
   if constexpr (std::is_same_v<W, Floats>) {
     sum = _mm512_fmadd_ps(a, b, c);
   } else {
@@ -34,20 +32,20 @@ LC_INLINE void multiply_add(const W& a, const W& b, const W& c, W& sum) {
 }
 template <typename W>
 LC_INLINE void clamp_negative(const W& z, W& y) {
-#ifdef LC_BN_AVX512
+#ifdef LC_AVX512
   if constexpr (std::is_same_v<W, Floats>) {
     y = _mm512_max_ps(W{}, z);
   } else {
     y = _mm512_max_pd(W{}, z);
   }
 #else
-  y = z < W{} ? W{} : z;
+  y = select(z < W{}, W{}, z);
 #endif
 }
 // counts += 1 where a < b (kUnordered: where a or b is NaN)
 template <bool kUnordered, typename W, typename Lanes>
 LC_INLINE void count_less(const W& a, const W& b, Lanes& counts) {
-#ifdef LC_BN_AVX512
+#ifdef LC_AVX512
   constexpr int kRelation = kUnordered ? _CMP_UNORD_Q : _CMP_LT_OQ;
   if constexpr (std::is_same_v<W, Floats>) {
     const auto mask = _mm512_cmp_ps_mask(a, b, kRelation);
@@ -59,7 +57,11 @@ LC_INLINE void count_less(const W& a, const W& b, Lanes& counts) {
         (Lanes)_mm512_mask_sub_epi64((__m512i)counts, mask, (__m512i)counts, _mm512_set1_epi64(-1));
   }
 #else
-  counts -= kUnordered ? (a != a) | (b != b) : a < b;
+  if constexpr (kUnordered) {
+    counts -= (a != a) | (b != b);
+  } else {
+    counts -= a < b;
+  }
 #endif
 }
 
@@ -71,13 +73,14 @@ LC_INLINE void load(const T* p, int64_t n, Wide<Compute<T>>& v) {
     std::memcpy(filled, p, n * sizeof(T));
     load<T, kPart, false>(filled, n, v);
   } else if constexpr (std::is_same_v<T, BFloat16>) {
-    Words pairs;
-    std::memcpy(&pairs, p, sizeof(pairs));
-    v = kPart == 0 ? (Floats)(pairs << 16) : (Floats)(pairs & 0xffff0000);
+    const Words pairs = load<Words>(p);
+    v = bits_as<Floats>(kPart == 0 ? pairs << 16 : pairs & 0xffff0000);
   } else if constexpr (std::is_same_v<T, Half>) {
-    for (int64_t i = 0; i < kWidth<T>; ++i) v[i] = static_cast<float>(p[i]);
+    float wide[kWidth<T>];
+    for (int64_t i = 0; i < kWidth<T>; ++i) wide[i] = static_cast<float>(p[i]);
+    v = load<Floats>(wide);
   } else {
-    std::memcpy(&v, p, sizeof(v));
+    v = load<Wide<T>>(p);
   }
 }
 
@@ -86,10 +89,14 @@ LC_INLINE void load(const T* p, int64_t n, Wide<Compute<T>>& v) {
 template <typename T>
 LC_INLINE void round_to(Wide<Compute<T>>& v) {
   if constexpr (std::is_same_v<T, BFloat16>) {
-    const Words bits = (Words)v;
-    v = (Floats)((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000);  // to nearest, ties to even
+    const Words bits = bits_as<Words>(v);
+    const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
+    v = bits_as<Floats>(rounded & 0xffff0000);
   } else if constexpr (std::is_same_v<T, Half>) {
-    for (int64_t i = 0; i < kWidth<T>; ++i) v[i] = static_cast<float>(static_cast<Half>(v[i]));
+    float wide[kWidth<T>];
+    store(wide, v);
+    for (float& number : wide) number = static_cast<float>(static_cast<Half>(number));
+    v = load<Floats>(wide);
   }
 }
 
@@ -101,49 +108,48 @@ LC_INLINE void store(T* p, int64_t n, const Wide<Compute<T>> (&parts)[kParts<T>]
     store<T, false>(all, n, parts);
     std::memcpy(p, all, n * sizeof(T));
   } else if constexpr (std::is_same_v<T, BFloat16>) {
-    const Words pairs = ((Words)parts[0] >> 16) | (Words)parts[1];
-    std::memcpy(p, &pairs, sizeof(pairs));
+    store(p, (bits_as<Words>(parts[0]) >> 16) | bits_as<Words>(parts[1]));
   } else if constexpr (std::is_same_v<T, Half>) {
-    for (int64_t i = 0; i < kWidth<T>; ++i) p[i] = static_cast<Half>(parts[0][i]);
+    float wide[kWidth<T>];
+    store(wide, parts[0]);
+    for (int64_t i = 0; i < kWidth<T>; ++i) p[i] = static_cast<Half>(wide[i]);
   } else {
-    std::memcpy(p, &parts[0], sizeof(parts[0]));
+    store(p, parts[0]);
   }
 }
 
 // -1 in the lanes of a part that hold one of the first n elements, 0 in the others.
 template <typename T, int kPart>
 LC_INLINE Flags<Compute<T>> first_lanes(int64_t n) {
-  Flags<Compute<T>> flags;
+  IntegerOf<sizeof(Compute<T>)> flags[kLanes<Compute<T>>];
   for (int64_t i = 0; i < kLanes<Compute<T>>; ++i) flags[i] = i * kParts<T> + kPart < n ? -1 : 0;
-  return flags;
+  return load<Flags<Compute<T>>>(flags);
 }
 
 // The lanes of other elements than the first n become zero.
 template <typename T, int kPart>
 LC_INLINE void keep_first(int64_t n, Wide<Compute<T>>& v) {
-  v = first_lanes<T, kPart>(n) ? v : Wide<Compute<T>>{};
+  v = select(first_lanes<T, kPart>(n), v, Wide<Compute<T>>{});
 }
 
 // sums[i] += v[i], in double.
-LC_INLINE void add_lanes(double* sums, const Doubles& v) {
-  Doubles sum;
-  std::memcpy(&sum, sums, sizeof(sum));
-  sum += v;
-  std::memcpy(sums, &sum, sizeof(sum));
-}
+LC_INLINE void add_lanes(double* sums, const Doubles& v) { store(sums, load<Doubles>(sums) + v); }
 LC_INLINE void add_lanes(double* sums, const Floats& v) {
+#ifdef LC_AVX512
   // not memcpy: a vector whose address is taken does not stay in a register
-  const HalfFloats low = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
-  const HalfFloats high = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const auto low = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+  const auto high = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
   add_lanes(sums, __builtin_convertvector(low, Doubles));
   add_lanes(sums + 8, __builtin_convertvector(high, Doubles));
+#else
+  float lanes[16];
+  store(lanes, v);
+  for (int i = 0; i < 16; ++i) sums[i] += static_cast<double>(lanes[i]);
+#endif
 }
 template <typename Int, typename Lanes>
 LC_INLINE void add_counts(Int* counts, const Lanes& more) {
-  Lanes count;
-  std::memcpy(&count, counts, sizeof(count));
-  count += more;
-  std::memcpy(counts, &count, sizeof(count));
+  store(counts, load<Lanes>(counts) + more);
 }
 
 // The number of channel c in all lanes; the numbers of a part of the kWidth columns from c on.
@@ -151,20 +157,19 @@ template <typename T, int kPart>
 struct FillAll {
   int64_t c;
   LC_INLINE void operator()(const Compute<T>* numbers, Wide<Compute<T>>& v) const {
-    v = numbers[c] - Wide<Compute<T>>{};
+    v = all_lanes<Wide<Compute<T>>>(numbers[c]);
   }
 };
 template <typename T, int kPart>
 struct FillEach {
   int64_t c;
   LC_INLINE void operator()(const Compute<T>* numbers, Wide<Compute<T>>& v) const {
-    std::memcpy(&v, numbers + c, sizeof(v));
     if constexpr (kParts<T> == 2) {
-      Floats next;
-      std::memcpy(&next, numbers + c + 16, sizeof(next));
-      constexpr int k = kPart;
-      v = __builtin_shufflevector(v, next, k, k + 2, k + 4, k + 6, k + 8, k + 10, k + 12, k + 14,
-                                  k + 16, k + 18, k + 20, k + 22, k + 24, k + 26, k + 28, k + 30);
+      float every_second[16];
+      for (int i = 0; i < 16; ++i) every_second[i] = numbers[c + 2 * i + kPart];
+      v = load<Floats>(every_second);
+    } else {
+      v = load<Wide<Compute<T>>>(numbers + c);
     }
   }
 };

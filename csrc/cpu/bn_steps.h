@@ -22,7 +22,7 @@ struct Functor<Kind::relu> {
   }
   template <typename W, typename V>
   static LC_INLINE void mask(const W& z, V, W& g) {
-    g = z <= W{} ? W{} : g;
+    g = select(z <= W{}, W{}, g);
   }
 };
 template <>
@@ -33,12 +33,12 @@ struct Functor<Kind::relu6> {
   static LC_INLINE void apply(const W& z, V, W& y) {
     W low;
     clamp_negative(z, low);
-    y = low > W{} + V(6) ? W{} + V(6) : low;
+    y = select(low > W{} + V(6), W{} + V(6), low);
   }
   template <typename W, typename V>
   static LC_INLINE void mask(const W& z, V, W& g) {
-    g = z <= W{} ? W{} : g;
-    g = z >= W{} + V(6) ? W{} : g;
+    g = select(z <= W{}, W{}, g);
+    g = select(z >= W{} + V(6), W{}, g);
   }
 };
 template <>
@@ -47,11 +47,11 @@ struct Functor<Kind::leaky_relu> {
   static constexpr bool kSign = true;
   template <typename W, typename V>
   static LC_INLINE void apply(const W& z, V slope, W& y) {
-    y = z > W{} ? z : z * slope;
+    y = select(z > W{}, z, z * slope);
   }
   template <typename W, typename V>
   static LC_INLINE void mask(const W& z, V slope, W& g) {
-    g = z > W{} ? g : g * slope;
+    g = select(z > W{}, g, g * slope);
   }
 };
 template <>
@@ -66,8 +66,8 @@ struct Functor<Kind::hardswish> {
   template <typename W, typename V>
   static LC_INLINE void mask(const W& z, V, W& g) {
     const W bent = g * (z / V(3) + V(0.5));
-    g = z >= W{} + V(3) ? g : bent;
-    g = z <= W{} - V(3) ? W{} : g;
+    g = select(z >= W{} + V(3), g, bent);
+    g = select(z <= W{} - V(3), W{}, g);
   }
 };
 

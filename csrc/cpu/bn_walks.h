@@ -24,6 +24,30 @@
 namespace layer_collapse {
 
 // clang-format off: the order of these includes matters
+}  // namespace layer_collapse
+#define LC_MACHINE baseline
+#include "cpu/pack.h"
+#undef LC_MACHINE
+#ifdef LC_BN_SETS
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+#define LC_MACHINE avx2
+#define LC_AVX2
+#include "cpu/pack.h"
+#undef LC_AVX2
+#undef LC_MACHINE
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4")
+#define LC_MACHINE avx512
+#define LC_AVX512  // the compiler does not define its own macros for this pragma
+#include "cpu/pack.h"
+#undef LC_AVX512
+#undef LC_MACHINE
+#pragma GCC pop_options
+#endif
+namespace layer_collapse {
+
 namespace baseline {
 #include "cpu/bn_lanes.h"
 #include "cpu/bn_steps.h"
@@ -41,13 +65,13 @@ namespace avx2 {
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4")
-#define LC_BN_AVX512  // the compiler does not define its own macros for this pragma
+#define LC_AVX512
 namespace avx512 {
 #include "cpu/bn_lanes.h"
 #include "cpu/bn_steps.h"
 #include "cpu/bn_loops.h"
 }
-#undef LC_BN_AVX512
+#undef LC_AVX512
 #pragma GCC pop_options
 #endif
 // clang-format on

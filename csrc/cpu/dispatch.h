@@ -32,6 +32,11 @@ using torch::headeronly::ScalarType;
 template <typename Weight>
 using Compute = std::conditional_t<std::is_same_v<Weight, double>, double, float>;
 
+template <int kBytes>
+using IntegerOf = std::conditional_t<
+    kBytes == 1, int8_t,
+    std::conditional_t<kBytes == 2, int16_t, std::conditional_t<kBytes == 4, int32_t, int64_t>>>;
+
 inline bool is_weight_dtype(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Double ||
          dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;

@@ -1,11 +1,9 @@
 // 64 bytes of numbers as one value, in the registers of the machine. Part of a machine's code: see
-// rectify_loops.h.
+// rectify_loops.h. No include guard: bn_walks.h includes this once per machine.
 //
 // With AVX-512 that is GCC's own vector of 64 bytes. Elsewhere such a vector is no register, and
 // GCC takes its comparisons, selections and shuffles apart, number by number: the loops were 10 to
 // 40 times slower. So there it is a Pack of vectors that are registers, with the same operators.
-#pragma once
-
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -14,11 +12,6 @@
 
 namespace layer_collapse {
 namespace LC_MACHINE {
-
-template <int kBytes>
-using IntegerOf = std::conditional_t<
-    kBytes == 1, int8_t,
-    std::conditional_t<kBytes == 2, int16_t, std::conditional_t<kBytes == 4, int32_t, int64_t>>>;
 
 #if defined(LC_AVX512)
 
@@ -35,6 +28,11 @@ LC_INLINE To bits_as(const From& from) {
   To to;
   std::memcpy(&to, &from, sizeof(to));
   return to;
+}
+
+template <typename V, typename E>
+LC_INLINE V all_lanes(E number) {
+  return number - V{};  // not V{} + number, which has no -0.0
 }
 
 // a where the mask is -1, b where it is 0.
@@ -72,7 +70,7 @@ struct Pack {
 template <typename E>
 using Vector = Pack<E>;
 template <typename E>
-using MaskOf = Pack<IntegerOf<sizeof(E)>>;
+using MaskOf = Pack<IntegerOf<sizeof(E)> >;
 
 // The second operand may be one number for all lanes.
 #define LC_PACK_BINARY(Result, op)                                               \
@@ -128,6 +126,10 @@ LC_INLINE Pack<E>& operator-=(Pack<E>& a, const Other& b) {
   return a = a - b;
 }
 template <typename E, typename Other>
+LC_INLINE Pack<E>& operator&=(Pack<E>& a, const Other& b) {
+  return a = a & b;
+}
+template <typename E, typename Other>
 LC_INLINE Pack<E>& operator|=(Pack<E>& a, const Other& b) {
   return a = a | b;
 }
@@ -147,6 +149,13 @@ LC_INLINE Pack<E> select(const MaskOf<E>& mask, const Pack<E>& a, const Pack<E>&
   for (int i = 0; i < Pack<E>::kParts; ++i) {
     result.part[i] = mask.part[i] ? a.part[i] : b.part[i];
   }
+  return result;
+}
+
+template <typename V, typename E>
+LC_INLINE V all_lanes(E number) {
+  V result{};
+  for (auto& part : result.part) part = number - part;
   return result;
 }
 

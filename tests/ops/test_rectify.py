@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -524,13 +525,16 @@ def test_values_in_order(case: tuple[Tensor, int], kind: Kind, threads: int) -> 
 @pytest.mark.parametrize("machine", ["avx2", "baseline"])
 def test_older_machines_give_the_same(machine: str) -> None:
     """The loops of lesser instruction sets, which this machine would not choose."""
-    shapes = __file__.replace(".py", "_shapes.py")
+    names = ("rectify", "rectify_shapes", "batch_norm", "masked_step")
+    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in names]
+    chosen = (
+        "values_in_order or worked_by_hand or any_strides or rectify_shapes or errors_are_at_most "
+        "or agree_with_each_other or any_shape_layout or special_values or half_error"
+    )
     code = (
         "import pytest, sys; from layer_collapse import _C; "
         f"assert _C.build_info()['cpu_capability'].lower() == {machine!r}; "
-        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', "
-        f"{__file__!r}, {shapes!r}, "
-        "'-k', 'values_in_order or worked_by_hand or any_strides or rectify_shapes']))"
+        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *{files!r}, '-k', {chosen!r}]))"
     )
     if _C.build_info()["cpu_capability"].lower() == "baseline" != machine:
         pytest.skip("this machine has no AVX2")
