@@ -85,7 +85,7 @@ FLAGS = [
     "-DTORCH_STABLE_ONLY",
 ]
 # `make sanitize`: slow code that reports every wrong access and every undefined operation.
-SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+SANITIZE = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 if os.environ.get("LAYER_COLLAPSE_SANITIZE") != "1":
     SANITIZE = []
 

@@ -10,6 +10,11 @@
 
 #include "cpu/dispatch.h"
 
+// UBSan's checks of every part would make a sanitised build take many minutes; ASan's of the memory
+// that is loaded and stored remain.
+#undef LC_UNCHECKED
+#define LC_UNCHECKED inline __attribute__((always_inline, no_sanitize("undefined")))
+
 namespace layer_collapse {
 namespace LC_MACHINE {
 
@@ -73,20 +78,20 @@ template <typename E>
 using MaskOf = Pack<IntegerOf<sizeof(E)> >;
 
 // The second operand may be one number for all lanes.
-#define LC_PACK_BINARY(Result, op)                                               \
-  template <typename E>                                                          \
-  LC_INLINE Result<E> operator op(const Pack<E>& a, const Pack<E>& b) {          \
-    Result<E> result;                                                            \
-    for (int i = 0; i < Pack<E>::kParts; ++i) {                                  \
-      result.part[i] = a.part[i] op b.part[i];                                   \
-    }                                                                            \
-    return result;                                                               \
-  }                                                                              \
-  template <typename E>                                                          \
-  LC_INLINE Result<E> operator op(const Pack<E>& a, std::type_identity_t<E> b) { \
-    Result<E> result;                                                            \
-    for (int i = 0; i < Pack<E>::kParts; ++i) result.part[i] = a.part[i] op b;   \
-    return result;                                                               \
+#define LC_PACK_BINARY(Result, op)                                                  \
+  template <typename E>                                                             \
+  LC_UNCHECKED Result<E> operator op(const Pack<E>& a, const Pack<E>& b) {          \
+    Result<E> result;                                                               \
+    for (int i = 0; i < Pack<E>::kParts; ++i) {                                     \
+      result.part[i] = a.part[i] op b.part[i];                                      \
+    }                                                                               \
+    return result;                                                                  \
+  }                                                                                 \
+  template <typename E>                                                             \
+  LC_UNCHECKED Result<E> operator op(const Pack<E>& a, std::type_identity_t<E> b) { \
+    Result<E> result;                                                               \
+    for (int i = 0; i < Pack<E>::kParts; ++i) result.part[i] = a.part[i] op b;      \
+    return result;                                                                  \
   }
 LC_PACK_BINARY(Pack, +)
 LC_PACK_BINARY(Pack, -)
@@ -103,39 +108,39 @@ LC_PACK_BINARY(MaskOf, !=)
 #undef LC_PACK_BINARY
 
 template <typename E>
-LC_INLINE Pack<E> operator<<(Pack<E> a, int bits) {
+LC_UNCHECKED Pack<E> operator<<(Pack<E> a, int bits) {
   for (auto& part : a.part) part = part << bits;
   return a;
 }
 template <typename E>
-LC_INLINE Pack<E> operator>>(Pack<E> a, int bits) {
+LC_UNCHECKED Pack<E> operator>>(Pack<E> a, int bits) {
   for (auto& part : a.part) part = part >> bits;
   return a;
 }
 template <typename E>
-LC_INLINE Pack<E> operator~(Pack<E> a) {
+LC_UNCHECKED Pack<E> operator~(Pack<E> a) {
   for (auto& part : a.part) part = ~part;
   return a;
 }
 template <typename E, typename Other>
-LC_INLINE Pack<E>& operator+=(Pack<E>& a, const Other& b) {
+LC_UNCHECKED Pack<E>& operator+=(Pack<E>& a, const Other& b) {
   return a = a + b;
 }
 template <typename E, typename Other>
-LC_INLINE Pack<E>& operator-=(Pack<E>& a, const Other& b) {
+LC_UNCHECKED Pack<E>& operator-=(Pack<E>& a, const Other& b) {
   return a = a - b;
 }
 template <typename E, typename Other>
-LC_INLINE Pack<E>& operator&=(Pack<E>& a, const Other& b) {
+LC_UNCHECKED Pack<E>& operator&=(Pack<E>& a, const Other& b) {
   return a = a & b;
 }
 template <typename E, typename Other>
-LC_INLINE Pack<E>& operator|=(Pack<E>& a, const Other& b) {
+LC_UNCHECKED Pack<E>& operator|=(Pack<E>& a, const Other& b) {
   return a = a | b;
 }
 
 template <typename To, typename E>
-LC_INLINE To bits_as(const Pack<E>& from) {
+LC_UNCHECKED To bits_as(const Pack<E>& from) {
   To to;
   for (int i = 0; i < To::kParts; ++i) {
     to.part[i] = (std::remove_reference_t<decltype(to.part[i])>)from.part[i];
@@ -144,7 +149,7 @@ LC_INLINE To bits_as(const Pack<E>& from) {
 }
 
 template <typename E>
-LC_INLINE Pack<E> select(const MaskOf<E>& mask, const Pack<E>& a, const Pack<E>& b) {
+LC_UNCHECKED Pack<E> select(const MaskOf<E>& mask, const Pack<E>& a, const Pack<E>& b) {
   Pack<E> result;
   for (int i = 0; i < Pack<E>::kParts; ++i) {
     result.part[i] = mask.part[i] ? a.part[i] : b.part[i];
@@ -153,20 +158,20 @@ LC_INLINE Pack<E> select(const MaskOf<E>& mask, const Pack<E>& a, const Pack<E>&
 }
 
 template <typename V, typename E>
-LC_INLINE V all_lanes(E number) {
+LC_UNCHECKED V all_lanes(E number) {
   V result{};
   for (auto& part : result.part) part = number - part;
   return result;
 }
 
 template <typename E, typename Operation>
-LC_INLINE Pack<E> each_part(Pack<E> v, const Operation& of) {
+LC_UNCHECKED Pack<E> each_part(Pack<E> v, const Operation& of) {
   for (auto& part : v.part) part = (std::remove_reference_t<decltype(part)>)of(part);
   return v;
 }
 
 template <typename E>
-LC_INLINE typename Pack<E>::Part sum_of_parts(const Pack<E>& v) {
+LC_UNCHECKED typename Pack<E>::Part sum_of_parts(const Pack<E>& v) {
   auto sum = v.part[0];
   for (int i = 1; i < Pack<E>::kParts; ++i) sum += v.part[i];
   return sum;

@@ -21,7 +21,7 @@ def _run(name: str, *arguments: str) -> str:
     command = re.search(r"^(?:python|torchrun) .*$", source, re.MULTILINE)
     assert command, f"examples/{name}.py does not say how to run it"
     program, *rest = command[0].split()
-    starts = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}[program]
+    starts = {"python": [], "torchrun": ["-m", "torch.distributed.run", "--standalone"]}[program]
     done = subprocess.run(
         [sys.executable, *starts, *rest, *arguments],
         cwd=_ROOT,
