@@ -194,24 +194,33 @@ __device__ __forceinline__ double power(double base, int64_t exponent) {
   return result;
 }
 
+// Left alone, ptxas takes 80 registers for doubles on sm_75; held to fewer elsewhere, it spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+inline constexpr int kAdamWBlocksPerSm = kBlocksPerSm;
+#else
+inline constexpr int kAdamWBlocksPerSm = 1;
+#endif
+
 // table.group: 1 if the step's number is float64. A step below 1 leaves its tensor unchanged.
 template <typename T, bool kAmsgrad>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kAdamWBlocksPerSm)
     masked_adamw(const __grid_constant__ TensorTable<kAdamWData> table, const AdamWArguments a) {
   using Real = typename Numeric<T>::Real;
   if (a.step.found_inf.get(0.0) != 0.0) return;
   const int tensor = tensor_of(table, blockIdx.x);
   void* const* data = table.data[tensor];
-  using Corrections = double[2];
-  LC_SHARED(Corrections, corrections);  // 1 - beta^t; once per block, as the powers take a while
+  using Corrections = double[3];
+  // 1 - beta^t, and the rate; once per block, as the powers take a while and registers are few.
+  LC_SHARED(Corrections, corrections);
   if (threadIdx.x < 2) {
     const DeviceScalar step{data[5], table.group[tensor] != 0};
     const auto number = static_cast<int64_t>(step.get(0.0));
     corrections[threadIdx.x] = 1 - power(threadIdx.x == 0 ? a.beta1 : a.beta2, number);
   }
+  if (threadIdx.x == 2) corrections[2] = a.step.rate();
   __syncthreads();
   if (corrections[0] == 0) return;
-  const double rate = a.step.rate();
+  const double rate = corrections[2];
   const DeviceAdamW<T, kAmsgrad> rule{static_cast<T*>(data[0]),
                                       static_cast<const T*>(data[1]),
                                       static_cast<T*>(data[2]),
