@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-distributed slow sanitize bench bench-quick lint format clean structure architectures cuda-check cuda-build gpu-report
+.PHONY: help demo test test-distributed slow sanitize sanitized bench bench-quick lint format clean structure architectures cuda-check cuda-build gpu-report
 
 help:
 	@echo "make demo    layers leave a small network: about a minute, results in runs/demo"
@@ -56,8 +56,10 @@ slow: $(VENV)/extension
 SANITIZED := build/sanitize
 PRELOAD = $$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)
 
-sanitize: $(VENV)/packages
+sanitized: $(VENV)/packages
 	LAYER_COLLAPSE_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp
+
+sanitize: sanitized
 	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/pytest -o pythonpath=$(SANITIZED)/lib -p no:cacheprovider -q -s tests/ops tests/test_core.py -k "not opcheck and not compile and not older_machines"
 

@@ -196,15 +196,15 @@ __device__ __forceinline__ double power(double base, int64_t exponent) {
 
 // Left alone, ptxas takes 80 registers for doubles on sm_75; held to fewer elsewhere, it spills.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-inline constexpr int kAdamWBlocksPerSm = kBlocksPerSm;
+#define LC_ADAMW_BOUNDS __launch_bounds__(kThreads, kBlocksPerSm)
 #else
-inline constexpr int kAdamWBlocksPerSm = 1;
+#define LC_ADAMW_BOUNDS __launch_bounds__(kThreads)
 #endif
 
 // table.group: 1 if the step's number is float64. A step below 1 leaves its tensor unchanged.
 template <typename T, bool kAmsgrad>
-__global__ void __launch_bounds__(kThreads, kAdamWBlocksPerSm)
-    masked_adamw(const __grid_constant__ TensorTable<kAdamWData> table, const AdamWArguments a) {
+__global__ void LC_ADAMW_BOUNDS masked_adamw(const __grid_constant__ TensorTable<kAdamWData> table,
+                                             const AdamWArguments a) {
   using Real = typename Numeric<T>::Real;
   if (a.step.found_inf.get(0.0) != 0.0) return;
   const int tensor = tensor_of(table, blockIdx.x);
