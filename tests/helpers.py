@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from layer_collapse.measure.rectifiers import KINDS, Call, Kind
 from layer_collapse.ops.rectify import new_ledger, rectify_reference
@@ -75,3 +75,14 @@ def reference_of(
     """Output and ledger of the plain-PyTorch twin."""
     ledger = new_ledger(kind, x.shape[channel_dim], x.device)
     return rectify_reference(call_of(kind, x, channel_dim), ledger, channel_dim, valid), ledger
+
+
+class Switch(nn.Module):
+    """Control flow that depends on data, around a rectifier: nothing can follow it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x) if float(x.sum()) > 0 else x

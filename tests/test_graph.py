@@ -8,6 +8,7 @@ from typing import Literal
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import Switch
 from torch import Tensor, nn
 
 import layer_collapse
@@ -236,17 +237,6 @@ def test_hidden_rectifiers_are_named(hiding: nn.Module) -> None:
     with pytest.raises(TraceError, match=r"rectifier inside '1\.0[^']*' \(\w+\) cannot be instr"):
         trace(model)
     trace(nn.Sequential(nn.Linear(4, 4), nn.RNN(4, 4)))  # tanh hides nothing
-
-
-class Switch(nn.Module):
-    """Control flow that depends on data, around a rectifier."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.act = nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(x) if float(x.sum()) > 0 else x
 
 
 def test_what_nothing_can_follow_is_named_and_the_rest_is_traced() -> None:

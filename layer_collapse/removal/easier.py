@@ -16,7 +16,7 @@ __all__ = ["Easier"]
 
 class Easier:
     """Quétu, Liao, Tartaglione, "The Simpler The Better: An Entropy-Based Importance Metric To
-    Reduce Neural Networks' Depth", ECML PKDD 2024 (arXiv 2404.18949), Algorithm 1.
+    Reduce Neural Networks' Depth", ECML PKDD 2024 (arXiv 2404.18949).
 
     Nothing is pruned. The entropy of a layer is the mean over its neurons of the entropy of their
     ON state over the training set (neurons that never switch count as 0). Deviations: the

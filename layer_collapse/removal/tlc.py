@@ -36,7 +36,7 @@ class Tlc:
 
     Next goes the rectifier whose neurons err least, in the mean, when each is taken to stay on its
     more frequent side: the error likelihood Phi(-|beta| / |gamma|) of a neuron, from the parameters
-    of the batch norm right before it and without data (its section 3). The rectifier becomes the
+    of the batch norm right before it and without data. The rectifier becomes the
     identity, then the network is retrained. Deviations: every neuron is linearised, where the paper
     switches the mostly-OFF ones off (that costs far more before the retraining); the number of
     layers is given; all trainings share the epochs that other strategies have. A rectifier behind a

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import Switch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils._pytree import tree_leaves
@@ -396,17 +397,6 @@ def test_quantised_modules_are_named_and_the_rest_folds() -> None:
     assert reason == "'4' is quantised (Linear)"
     assert [f.rule for f in result.report.folds if f.name == "3"] == ["gate"]
     torch.testing.assert_close(result.model(x), model(x))
-
-
-class Switch(nn.Module):
-    """A branch on data, around a rectifier."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.act = nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(x) if float(x.sum()) > 0 else x
 
 
 def test_hidden_rectifiers_are_in_the_report_and_the_rest_folds() -> None:
