@@ -80,7 +80,7 @@ constexpr int64_t kWeights = (int64_t{1} << 32) + 77;
 void steps() {
   Reserved<uint16_t> weights(kWeights), gradients(kWeights), first(kWeights), second(kWeights);
   float number = 1.0F;
-  const StepOptions common{1.0, 0.0, false, {}, {}};
+  const StepOptions common{1.0, 0.0, false, {}, {}, {}};
   const auto at_ends = [&](auto check) {
     for (int64_t i = 0; i < 20; ++i) check(i), check(kWeights - 1 - i);
   };

@@ -78,7 +78,7 @@ Weights make_weights(size_t count) {
 void steps() {
   Weights weights = make_weights(5000);
   float step = 1.0F;
-  const StepOptions common{0.1, 0.0, false, {}, {}};
+  const StepOptions common{0.1, 0.0, false, {}, {}, {}};
   expect(launch_apply_masks({{Dtype::float32, 5000, weights.words.data(), {weights.values.data()}}},
                             kSize, nullptr) == 0,
          "launch");

@@ -62,11 +62,11 @@ def test_operands_of_a_step_lie_as_they_like(
             weights, grads, *state = ([t] for t in own)
             ops.masked_adamw_(
                 weights, grads, *state, [words], step,
-                1e-2, 0.9, 0.999, 1e-8, 1e-2, False, None, None,
+                1e-2, 0.9, 0.999, 1e-8, 1e-2, False, None, None, None,
             )  # fmt: skip
             ops.masked_sgd_(
                 weights, grads, state[0], [words],
-                0.1, 0.9, 0.0, 1e-2, False, False, False, None, None,
+                0.1, 0.9, 0.0, 1e-2, False, False, False, None, None, None,
             )  # fmt: skip
             ops.apply_masks_(grads if odd < 6 else weights, [words])
             both.append(own)

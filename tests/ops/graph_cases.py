@@ -114,7 +114,8 @@ LISTS = 7
 
 
 def make_step(seed: int) -> list[Tensor]:
-    """Weights, gradients, three kinds of state, masks and steps; then grad_scale and found_inf."""
+    """Weights, gradients, three kinds of state, masks and steps; then grad_scale, found_inf and
+    lr_scale."""
     generator = torch.Generator().manual_seed(seed)
     lists = [[torch.randn(n, generator=generator) for n in SIZES] for _ in range(5)]
     masks = [random_words(n, generator) for n in SIZES]
@@ -125,28 +126,27 @@ def make_step(seed: int) -> list[Tensor]:
         CPU.apply_masks_(state, masks)
     steps = [torch.tensor(1.0 + seed + i) for i in range(len(SIZES))]
     scale, found = torch.tensor(2.0**seed), torch.tensor(float(seed == BAD_SEED))
-    return [*(t for group in lists for t in group), *masks, *steps, scale, found]
+    rate = torch.tensor(0.5 + 0.25 * seed)
+    return [*(t for group in lists for t in group), *masks, *steps, scale, found, rate]
 
 
-def split_step(tensors: list[Tensor]) -> tuple[list[list[Tensor]], Tensor, Tensor]:
-    *rest, scale, found = tensors
+def split_step(tensors: list[Tensor]) -> tuple[list[list[Tensor]], list[Tensor]]:
     size = len(SIZES)
-    return [rest[i * size : (i + 1) * size] for i in range(LISTS)], scale, found
+    lists = [tensors[i * size : (i + 1) * size] for i in range(LISTS)]
+    return lists, tensors[LISTS * size :]
 
 
 def call_sgd(ops: Any, tensors: list[Tensor]) -> Outcome:
-    (params, grads, buffers, _, _, masks, _), scale, found = split_step(tensors)
+    (params, grads, buffers, _, _, masks, _), scalars = split_step(tensors)
     options = (0.1, 0.9, 0.0, 1e-2, True, False, False)
-    ops.masked_sgd_(params, grads, buffers, masks, *options, scale, found)
+    ops.masked_sgd_(params, grads, buffers, masks, *options, *scalars)
     return [], [*params, *buffers]
 
 
 def call_adamw(ops: Any, tensors: list[Tensor]) -> Outcome:
-    (params, grads, averages, squares, maxima, masks, steps), scale, found = split_step(tensors)
+    (params, grads, averages, squares, maxima, masks, steps), scalars = split_step(tensors)
     options = (1e-2, 0.9, 0.999, 1e-8, 1e-2, False)
-    ops.masked_adamw_(
-        params, grads, averages, squares, maxima, masks, steps, *options, scale, found
-    )
+    ops.masked_adamw_(params, grads, averages, squares, maxima, masks, steps, *options, *scalars)
     return [], [*params, *averages, *squares, *maxima]
 
 
