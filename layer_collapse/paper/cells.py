@@ -21,7 +21,7 @@ __all__ = ["Cell", "code_version", "compute", "outcome_of", "rectifiers_off", "r
 
 _PACKAGE = Path(__file__).parent.parent
 #: What no result depends on; the plan of cells only says which there are.
-_WITHOUT = ("cli/", "report/", "integrations/", "resume/", "paper/suites.py")
+_WITHOUT = ("cli/", "report/", "integrations/", "resume/", "paper/suites.py", "paper/tune.py")
 
 
 @dataclass(frozen=True)

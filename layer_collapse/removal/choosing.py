@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -16,9 +17,23 @@ from .common import few
 from .units import find_units, swappable
 from .ways import AsConstant, AsGate, Way, output_means
 
-__all__ = ["lowest", "ways_out"]
+__all__ = ["Choice", "lowest", "ways_out"]
 
 _GATE_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What leaves next.
+
+    Attributes:
+        growth: of the loss when it has left, as a share of what the loss is.
+        why: in words.
+    """
+
+    way: Way
+    growth: float
+    why: str
 
 
 def ways_out(
@@ -26,12 +41,12 @@ def ways_out(
     data: Sequence[Batch],
     example_inputs: ExampleInputs,
     *,
-    forms: Sequence[str],
+    form: str,
     at_most: int,
     cut: Collection[str] = (),
     gone: Collection[str] = (),
-) -> list[Way]:
-    """What can leave, by the first of ``forms`` that has anything.
+) -> Sequence[Way]:
+    """What can leave in one of :data:`~layer_collapse.removal.settings.FORMS`.
 
     Args:
         model: not tracked; it stays as it is.
@@ -42,27 +57,21 @@ def ways_out(
     """
     graph = trace(model, example_inputs)
     sites = find_sites(graph)
-    for form in forms:
-        ways: list[Way] = []
-        if form == "constant":
-            units = [u for u in find_units(graph, sites, cut) if len(u.rectifiers) <= at_most]
-            means = output_means(model, [u.exit for u in units], data) if units else {}
-            ways += [AsConstant(unit, means[unit.exit]) for unit in units]
-        else:
-            paths = {name: path for name, path in swappable(sites).items() if name not in gone}
-            fits = {}
-            if paths:  # two numbers per neuron need few samples
-                some = few(data, _GATE_SAMPLES)
-                fits = fit_gates(model, some, example_inputs, names=list(paths))
-            around = {site.name: site.way_around for site in sites}
-            ways += [
-                AsGate(name, path, fits[name].gate)
-                for name, path in paths.items()
-                if around[name] or not fits[name].gate.is_constant()
-            ]
-        if ways:
-            return ways
-    return []
+    if form == "constant":
+        units = [u for u in find_units(graph, sites, cut) if len(u.rectifiers) <= at_most]
+        means = output_means(model, [u.exit for u in units], data) if units else {}
+        return [AsConstant(unit, means[unit.exit]) for unit in units]
+    paths = {name: path for name, path in swappable(sites).items() if name not in gone}
+    if not paths:
+        return []
+    some = few(data, _GATE_SAMPLES)  # two numbers per neuron need few
+    fits = fit_gates(model, some, example_inputs, names=list(paths))
+    around = {site.name: site.way_around for site in sites}
+    return [
+        AsGate(name, path, fits[name].gate)
+        for name, path in paths.items()
+        if around[name] or not fits[name].gate.is_constant()
+    ]
 
 
 def lowest(
@@ -73,8 +82,8 @@ def lowest(
     entropies: Mapping[str, float],
     chance: random.Random,
     costs: dict[tuple[str, ...], float],
-) -> tuple[Way, str]:
-    """What leaves next, and why in words.
+) -> Choice:
+    """What leaves next.
 
     Lazily greedy (Minoux 1978): those that looked cheapest at earlier choices are measured first,
     until one costs no more than what the next cost then. That is the cheapest of all where costs
@@ -89,30 +98,39 @@ def lowest(
     Raises:
         ValueError: a loss is not finite.
     """
-    if score == "random":
-        return chance.choice(list(ways)), "at random"
-    bits = {way: _mean([entropies[n] for n in way.rectifiers if n in entropies]) for way in ways}
-    if score == "entropy":
-        best = min(ways, key=lambda way: bits[way])
-        return best, f"H = {bits[best]:.3f} bits"
-
-    def key(way: Way) -> tuple[float, float]:
-        cost = costs.get(way.rectifiers, -math.inf)
-        # of those whose leaving costs nothing, the one that the loss gains most by
-        return max(cost, 0.0) * (bits[way] if score == "loss x entropy" else 1.0), cost
-
     base = loss(model)
-    measured: list[Way] = []
-    for way in sorted(ways, key=key):
-        if measured and min(map(key, measured)) <= key(way):
-            break
+
+    def measured(way: Way) -> float:
         with way.momentarily(model):
             costs[way.rectifiers] = loss(model) - base
         if not math.isfinite(costs[way.rectifiers]):
             raise ValueError("the loss is not finite; the training has diverged")
-        measured.append(way)
-    best = min(measured, key=key)
-    return best, f"loss {costs[best.rectifiers]:+.4f}, H = {bits[best]:.3f} bits"
+        return costs[way.rectifiers]
+
+    bits = {way: _mean([entropies[n] for n in way.rectifiers if n in entropies]) for way in ways}
+    if score == "random":
+        best = chance.choice(list(ways))
+        measured(best)
+    elif score == "entropy":
+        best = min(ways, key=lambda way: bits[way])
+        measured(best)
+    else:
+
+        def key(way: Way) -> tuple[float, float]:
+            cost = costs.get(way.rectifiers, -math.inf)
+            # of those whose leaving costs nothing, the one that the loss gains most by
+            return max(cost, 0.0) * (bits[way] if score == "loss x entropy" else 1.0), cost
+
+        known: list[Way] = []
+        for way in sorted(ways, key=key):
+            if known and min(map(key, known)) <= key(way):
+                break
+            measured(way)
+            known.append(way)
+        best = min(known, key=key)
+    cost = costs[best.rectifiers]
+    growth = cost / abs(base) if base else math.copysign(math.inf, cost) if cost else 0.0
+    return Choice(best, growth, f"{best.kind}, loss {cost:+.4f}, H = {bits[best]:.3f} bits")
 
 
 def _mean(known: list[float]) -> float:

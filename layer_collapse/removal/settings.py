@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,13 +26,16 @@ class Settings:
             entropy": their product. "random": any.
         forms: "constant": a branch becomes the mean of its output (see
             :mod:`layer_collapse.removal.units`); "linear": a rectifier becomes the affine gate that
-            fits it best. In order of preference: the second where the first has nothing left.
+            fits it best. In order of preference.
+        most: the next form is taken where the best that leaves in this one makes the loss grow by
+            more than this share of what it is, or where nothing is left in this one.
         start, end: shares of the run between which rectifiers leave, each in its equal part.
         moves: in how many steps of equal size one leaves; 0: at once, at the start of its part.
     """
 
     score: str = "loss x entropy"
     forms: tuple[str, ...] = ("linear",)
+    most: float = math.inf
     start: float = 0.15
     end: float = 0.6
     moves: int = 10
@@ -41,6 +45,8 @@ class Settings:
             raise ValueError(f"score must be one of {', '.join(SCORES)} (got {self.score!r})")
         if not self.forms or set(self.forms) - set(FORMS):
             raise ValueError(f"forms must be some of {', '.join(FORMS)} (got {self.forms})")
+        if not self.most >= 0:
+            raise ValueError(f"most must be 0 or more (got {self.most})")
         if not 0 <= self.start <= self.end <= 1 or self.moves < 0:
             raise ValueError(
                 "expected 0 <= start <= end <= 1 and moves >= 0 (got "

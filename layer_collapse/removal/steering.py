@@ -17,7 +17,7 @@ from ..measure.sites import find_sites
 from ..measure.tracker import EntropyTracker, track
 from ..prune.rounds import reset_dead_batch_norms
 from .base import LINEARISED, ONE_SIDED, Outcome, Removed
-from .choosing import lowest, ways_out
+from .choosing import Choice, lowest, ways_out
 from .common import few, measurement
 from .settings import FAMILIES, Settings, family_of
 from .ways import AsConstant, Way
@@ -99,7 +99,8 @@ class Steering:
         self._random = random.Random(seed)
         self._cut: list[str] = []  # exits of branches that left
         self._entropies: dict[str, float] = {}  # the last known, in bits
-        self._costs: dict[tuple[str, ...], float] = {}  # in loss, when last measured
+        # in loss, when last measured, by form
+        self._costs: dict[str, dict[tuple[str, ...], float]] = {f: {} for f in self.settings.forms}
         self._leaving: Way | None = None
         self._began = self._until = 0.0
         self._done = remove == 0
@@ -171,39 +172,50 @@ class Steering:
         self._measure()
         self._stop_counting()
         settings = self.settings
-        ways = ways_out(
-            self.model,
-            self._few,
-            self._example,
-            forms=settings.forms,
-            at_most=self._remove - len(self.removed),
-            cut=self._cut,
-            gone=[one.name for one in self.removed],
-        )
-        if ways:
-            way, why = lowest(
-                settings.score,
-                ways,
-                self.model,
-                self._loss,
-                self._entropies,
-                self._random,
-                self._costs,
-            )
-            self._leaving, self._began = way, self._share
-            left = len(self.removed) + len(way.rectifiers)
+        choice = self._choice()
+        if choice is not None:
+            self._leaving, self._began = choice.way, self._share
+            left = len(self.removed) + len(choice.way.rectifiers)
             self._until = settings.start + left * part if settings.moves else self._share
-            self._log(f"{', '.join(way.rectifiers)}: {why}")
+            self._log(f"{', '.join(choice.way.rectifiers)}: {choice.why}")
         else:
             self._done = True
             self.note += (
                 f"{len(self.removed)} of {self._remove} left: no further branch has a way around "
                 "it, or no rectifier can be replaced in place. "
             )
-        if ways or rectifier_nodes(trace(self.model, self._example)):
+        if choice is not None or rectifier_nodes(trace(self.model, self._example)):
             self._tracker = track(self.model, self._example)
         if self._leaving is not None and settings.moves:
             self._leaving.begin(self.model)
+
+    def _choice(self) -> Choice | None:
+        """In the first form that costs little enough, else in the last that has anything."""
+        settings, choice = self.settings, None
+        for form in settings.forms:
+            ways = ways_out(
+                self.model,
+                self._few,
+                self._example,
+                form=form,
+                at_most=self._remove - len(self.removed),
+                cut=self._cut,
+                gone=[one.name for one in self.removed],
+            )
+            if not ways:
+                continue
+            choice = lowest(
+                settings.score,
+                ways,
+                self.model,
+                self._loss,
+                self._entropies,
+                self._random,
+                self._costs[form],
+            )
+            if choice.growth <= settings.most:
+                break
+        return choice
 
     def _end(self) -> None:
         way = self._leaving

@@ -167,6 +167,31 @@ def test_rectifiers_that_work_in_place_become_linear_too() -> None:
     torch.testing.assert_close(folded(x), model(x))
 
 
+@pytest.mark.parametrize(
+    ("most", "kinds"), [(0.3, ["constant", "linearised"]), (0.1, ["linearised", "linearised"])]
+)
+def test_a_branch_becomes_constant_where_that_costs_little(most: float, kinds: list[str]) -> None:
+    """The left branch costs a fifth of the loss, the right one is the only way left after it."""
+    torch.manual_seed(0)
+    model, x = Parallel().eval(), torch.randn(200, 4)
+    left, right = model.left(x).detach(), model.right(x).detach()
+
+    @torch.no_grad()
+    def loss(now: nn.Module) -> float:
+        lost = [
+            float((branch(x) - whole).square().sum() / (whole - whole.mean(0)).square().sum())
+            for branch, whole in ((now.left, left), (now.right, right))
+        ]
+        return 1.0 + 0.2 * lost[0] + 2.0 * lost[1]
+
+    settings = Settings(score="loss", forms=("constant", "linear"), most=most, moves=0)
+    steering = Steering(model, [x], x, loss, remove=2, settings=settings)
+    for step in range(1, 11):
+        model(x)
+        steering(model, torch.optim.SGD(model.parameters(), 0.1), step, 10)
+    assert [one.kind for one in steering.finish().removed] == kinds
+
+
 def test_a_run_that_ends_early_removes_what_is_on_its_way_and_says_so() -> None:
     torch.manual_seed(0)
     model, x = Parallel(), torch.randn(50, 4)
@@ -185,6 +210,7 @@ def test_lazy_choice_measures_few_and_finds_the_cheapest() -> None:
     class Fake:
         def __init__(self, name: str) -> None:
             self.rectifiers = (name,)
+            self.kind = "constant"
 
         @contextmanager
         def momentarily(self, model: nn.Module) -> Iterator[None]:
@@ -198,13 +224,14 @@ def test_lazy_choice_measures_few_and_finds_the_cheapest() -> None:
     def loss(model: nn.Module) -> float:
         return 1.0 + (now[calls[-1]] if calls else 0.0)
 
-    best, _ = lowest("loss", ways, nn.Identity(), loss, {}, random.Random(0), costs)
-    assert best.rectifiers == ("b",)
+    best = lowest("loss", ways, nn.Identity(), loss, {}, random.Random(0), costs)
+    assert best.way.rectifiers == ("b",)
+    assert best.growth == pytest.approx(0.3)
     assert calls == ["a", "b"]
     assert costs[("a",)] == pytest.approx(0.5)
     calls.clear()
-    best, _ = lowest("loss", ways, nn.Identity(), loss, {}, random.Random(0), {})
-    assert best.rectifiers == ("b",)
+    best = lowest("loss", ways, nn.Identity(), loss, {}, random.Random(0), {})
+    assert best.way.rectifiers == ("b",)
     assert sorted(calls) == ["a", "b", "c", "d"]
 
 

@@ -1,0 +1,158 @@
+"""How the settings of ``continuous`` were chosen: on networks that the experiments do not have.
+
+``python -m layer_collapse.paper.tune`` trains every candidate on one small network per family and
+looks at validation splits only. Chosen is, of the candidates whose mean accuracy is within a point
+of the best, the one whose folded network has the fewest multiply-adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from .. import models
+from ..files import write_json
+from ..models.encoder import minilm
+from ..removal.continuous import Continuous
+from ..removal.settings import DROP, Settings
+from .loops import TrainingLoop
+from .measure import measure
+from .networks import NETWORKS
+
+__all__ = ["CANDIDATES", "DEVELOPMENT", "Development", "chosen", "tried"]
+
+_WITHIN = 1.0  # points of accuracy
+
+
+def _short_encoder() -> nn.Module:
+    model = minilm(2, "relu")
+    model.blocks = model.blocks[:4]
+    return model
+
+
+@dataclass(frozen=True)
+class Development:
+    """A network to choose settings on.
+
+    Attributes:
+        build: makes it.
+        like: the network of the experiments whose data, sizes and recipe it takes.
+        remove: rectifiers to remove, of how many it has.
+        epochs: of a run.
+    """
+
+    build: Callable[[], nn.Module]
+    like: str
+    remove: int
+    epochs: float
+
+
+def _resnet14() -> nn.Module:
+    return models.build("resnet", (1, 28, 28), 10, blocks=2)
+
+
+def _vit4() -> nn.Module:
+    return models.build("vit", (1, 28, 28), 10, activation="relu", depth=4)
+
+
+DEVELOPMENT = {
+    "cnn": Development(_resnet14, "resnet20", remove=5, epochs=8),
+    "vit": Development(_vit4, "vit-relu", remove=3, epochs=12),
+    "nlp": Development(_short_encoder, "minilm-relu-movies", remove=2, epochs=4),
+}
+
+_FORMS = (
+    Settings(forms=("linear",)),
+    Settings(forms=("constant", "linear"), most=0.05),
+    Settings(forms=("constant", "linear"), most=0.25),
+    Settings(forms=("constant",)),
+)
+_TIMES = ((0.15, 0.6), (0.05, 0.4))
+CANDIDATES = (
+    *(replace(form, start=s, end=e) for form, (s, e) in product(_FORMS, _TIMES)),
+    DROP,  # what the candidates have to beat, never chosen
+)
+
+
+def tried(family: str, settings: Settings, seed: int) -> dict[str, Any]:
+    """Train one candidate: its settings, validation accuracy (%) and multiply-adds of a sample."""
+    torch.set_num_threads(1)
+    network = DEVELOPMENT[family]
+    like = NETWORKS[network.like]
+    task = like.task()
+    loop = TrainingLoop(task.training, task.validation, like.recipe, seed)
+    torch.manual_seed(seed)
+    outcome = Continuous(settings).run(network.build(), loop, network.epochs, network.remove)
+    found = measure(outcome, loop, task.validation, latency_batches=())  # not the test split
+    return {
+        "family": family,
+        "settings": asdict(settings),
+        "seed": seed,
+        "validation_accuracy": found.get("validation_accuracy", 0.0),  # cut: no better than chance
+        "macs": found["after"]["macs"] if "after" in found else 0,
+        "removed": len(outcome.removed),
+    }
+
+
+def chosen(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The settings that a family's rows speak for, and the means of every candidate."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(str(row["settings"]), []).append(row)
+    means = [
+        {
+            "settings": group[0]["settings"],
+            "validation_accuracy": mean(row["validation_accuracy"] for row in group),
+            "macs": mean(row["macs"] for row in group),
+        }
+        for group in groups.values()
+    ]
+    candidates = [m for m in means if m["settings"] != asdict(DROP)]
+    best = max(m["validation_accuracy"] for m in candidates)
+    near = [m for m in candidates if m["validation_accuracy"] >= best - _WITHIN]
+    return min(near, key=lambda m: m["macs"])["settings"], means
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="JSON to write.")] = Path("docs/results/tuning.json"),
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each candidate.")] = 2,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, each of one thread.")] = 2,
+) -> None:
+    """Try every candidate on every family's network; print and write what came of it."""
+    cases = [(f, c, s) for f, c, s in product(DEVELOPMENT, CANDIDATES, range(seeds))]
+    with ProcessPoolExecutor(jobs) as pool:
+        rows = list(pool.map(tried, *zip(*cases, strict=True)))
+    console, document = Console(width=110), {}
+    for family in DEVELOPMENT:
+        best, means = chosen([row for row in rows if row["family"] == family])
+        document[family] = {"chosen": best, "means": means}
+        table = Table(
+            "forms", "most", "from", "to", "moves", "validation (%)", "MACs", title=family
+        )
+        for row in means:
+            own = row["settings"]
+            table.add_row(
+                " then ".join(own["forms"]),
+                str(own["most"]),
+                *(f"{own[k]:.2f}" for k in ("start", "end")),
+                str(own["moves"]),
+                f"{row['validation_accuracy']:.1f}" + (" chosen" if own == best else ""),
+                f"{row['macs']:,.0f}",
+            )
+        console.print(table)
+    write_json(out, {"families": document, "runs": rows})
+
+
+if __name__ == "__main__":
+    typer.run(main)
