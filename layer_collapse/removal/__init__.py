@@ -27,6 +27,7 @@ REMOVALS: Mapping[str, Callable[[], Removal]] = {
     "continuous-entropy": partial(Continuous, score="entropy"),
     "continuous-random": partial(Continuous, score="random"),
     "continuous-constant": partial(Continuous, forms=("constant",)),
+    "continuous-linear": partial(Continuous, forms=("linear",)),
     "easier": Easier,
     "tlc": Tlc,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -57,11 +57,14 @@ class Settings:
 #: Of the strong baseline: greedily by the loss alone, all at once; no pruning and no entropy.
 DROP = Settings(score="loss", forms=("constant",), start=0.3, end=0.3, moves=0)
 
-#: Of ``continuous``, by family.
+_MIXED = Settings(forms=("constant", "linear"), most=0.25, start=0.05, end=0.4)
+
+#: Of ``continuous``, by family; ``python -m layer_collapse.paper.tune`` chose it on other networks
+#: (docs/results/tuning.json).
 FAMILIES: Mapping[str, Settings] = {
-    "cnn": Settings(),
-    "vit": Settings(),
-    "nlp": Settings(),
+    "cnn": _MIXED,
+    "vit": replace(_MIXED, start=0.15, end=0.6),
+    "nlp": _MIXED,
 }
 
 
