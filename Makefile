@@ -49,6 +49,7 @@ test-distributed: $(VENV)/extension
 
 slow: $(VENV)/extension
 	$(BIN)/python -m pytest -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed -m "slow or not slow"
 
 # The tests of the ops with every memory access and every operation checked. Leaks are not looked for
 # (the interpreter's own are many), nor is what torch.compile makes of the ops. The loops of lesser

@@ -25,7 +25,7 @@ def main(rounds: int, epochs: int, folder: str) -> None:
     x, y = digits.train.x[rank::world], digits.train.y[rank::world]
     model = DistributedDataParallel(models.ResMLP((1, 8, 8), 10, width=64, hidden=64, blocks=4))
     tracker = lc.track(model)
-    masks = lc.Masks(lc.candidate_weights(model.module, tracker.sites))
+    masks = lc.Masks(lc.candidate_weights(model, tracker.sites))
     optimizer = lc.MaskedSGD(model.parameters(), 0.05, momentum=0.9, masks=masks)
     checkpoints = lc.Checkpoints(folder, model, optimizer, masks) if folder else None
     warm_up = lambda: model(x[:2]).sum().backward()  # noqa: E731 - see Checkpoints.load

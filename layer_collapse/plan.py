@@ -7,7 +7,8 @@ measures the same numbers in small runs.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from .measure.rectifiers import RELU
 from .ops.magnitude_digits import BUCKETS, digits
@@ -18,6 +19,10 @@ _COUNT = 8  # bytes of a counter
 OPTIMIZERS = {"sgd": (1, 6), "adamw": (2, 14)}
 
 
+def _of(about: str, **default: Any) -> Any:
+    return field(metadata={"help": about}, **default)
+
+
 @dataclass(frozen=True)
 class Job:
     """A model and how it is trained; where no neurons are given, 12 width^2 weights per rectifier.
@@ -26,15 +31,15 @@ class Job:
         ValueError: a number below 1, more masked weights than weights, or an unknown optimiser.
     """
 
-    params: int  # of the whole model
-    ranks: int = 1
-    sharded: int = 1  # 1: every rank holds a part (FSDP2); 0: all of it (DDP)
-    rectifiers: int = 32  # tracked, each fed by one layer whose weight has a mask
-    neurons: int = 0  # of all rectifiers; 0: 4 widths each
-    masked: int = 0  # weights with a mask; 0: neurons x width
-    positions: int = 4096  # samples x tokens per step and rank
-    weight_bytes: int = 4  # of a weight, its gradient and each moment
-    optimizer: str = "adamw"
+    params: int = _of("weights of the whole model")
+    ranks: int = _of("processes", default=1)
+    sharded: int = _of("1: every rank holds a part (FSDP2); 0: all of it (DDP)", default=1)
+    rectifiers: int = _of("tracked, each fed by one layer whose weight has a mask", default=32)
+    neurons: int = _of("of all rectifiers; 0: 4 widths each", default=0)
+    masked: int = _of("weights with a mask; 0: neurons x width", default=0)
+    positions: int = _of("samples x tokens per step and rank", default=4096)
+    weight_bytes: int = _of("of a weight, its gradient and each moment", default=4)
+    optimizer: str = _of("sgd or adamw", default="adamw")
 
     def __post_init__(self) -> None:
         for name in ("params", "ranks", "rectifiers", "positions"):

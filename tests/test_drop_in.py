@@ -267,8 +267,11 @@ def test_the_whole_step_breaks_where_the_untracked_one_does(dynamo: Any, kind: s
         return step
 
     expected = _graph_breaks(step_of(plain, plain_optimizer))
+    assert graphs() > 0
     with track(model) as tracker:
-        assert set(_graph_breaks(step_of(model, optimizer))) <= set(expected)
+        ours = _graph_breaks(step_of(model, optimizer))
+        assert graphs() > 0
+        assert all(count <= expected.get(why, 0) for why, count in ours.items()), (ours, expected)
         assert {row.positions for row in tracker.entropy()} == {3 * 24}
     assert_pruned(model, masks, optimizer)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +181,15 @@ def test_validation_is_not_counted(tmp_path: Path) -> None:
 def test_numbers_out_of_range(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         Lightning(*arguments)
+
+
+def test_the_package_needs_neither_library() -> None:
+    code = """
+import sys
+sys.modules.update(transformers=None, lightning=None, pytorch_lightning=None)
+import layer_collapse, layer_collapse.cli
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_modules_are_short() -> None:

@@ -81,7 +81,13 @@ def _run(arguments: argparse.Namespace) -> int:
         if not complete:
             log("time is up; run the same command to go on")
     every = Bench(cells("all", arguments.quick), folder, version)
-    written = pages.write(out, every.results(), version, arguments.quick)
+    found = every.results()
+    if not found and (out / "results.json").exists():
+        raise ValueError(
+            f"{folder} has no cell of code version {version}, so the results in {out} were left as "
+            "they are; compute cells, or name with --code the version whose cells are there"
+        )
+    written = pages.write(out, found, version, arguments.quick)
     results.print(f"{written}", markup=False, soft_wrap=True)
     if bench.failures:
         cell, reason = bench.failures[0]

@@ -17,9 +17,13 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("plan", help="what a model of a given size would cost, per rank")
     for field in fields(Job):
         kind = str if isinstance(field.default, str) else _number
-        known = {"required": True} if field.name == "params" else {"default": field.default}
         name, meta = f"--{field.name.replace('_', '-')}", field.name.split("_")[-1].upper()
-        parser.add_argument(name, type=kind, metavar=meta, **known)
+        about, known = field.metadata["help"], {"default": field.default}
+        if field.name == "params":
+            known = {"required": True}
+        else:
+            about += " (default: %(default)s)"
+        parser.add_argument(name, type=kind, metavar=meta, help=about, **known)
     add_json_flag(parser)
     parser.set_defaults(run=_plan)
 

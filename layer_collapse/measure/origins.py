@@ -34,7 +34,6 @@ class Origin:
     why_not: str = ""
 
 
-_LAST_DIM = (nn.Linear, nn.Embedding)
 _POOLS = (
     nn.MaxPool1d,
     nn.MaxPool2d,

@@ -1,7 +1,6 @@
 """The seven rectifiers: how each is recognised in a model and what the native op needs to know.
 
-A new rectifier is one entry in :data:`KINDS` (plus its functor in ``csrc/cpu/rectifiers.h`` and its
-case in ``csrc/core/entropy.h``).
+A new rectifier is one entry in :data:`KINDS`, and what CONTRIBUTING.md names under ``csrc``.
 """
 
 from __future__ import annotations

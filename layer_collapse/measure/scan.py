@@ -65,7 +65,7 @@ def logits_of(output: Any) -> Tensor:
         return output[0]
     raise TypeError(
         f"expected the model to return a tensor, or something with .logits (got "
-        f"{type(output).__name__}); pass forward=... that returns the logits"
+        f"{type(output).__name__}); wrap it in a module that returns the logits"
     )
 
 

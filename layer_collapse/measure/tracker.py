@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..prune.masks import Masks
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside torch.compile's and DistributedDataParallel's wrappers."""
     while True:
         inner = getattr(model, "_orig_mod", None)
@@ -50,7 +50,7 @@ class EntropyTracker:
         live: bool = False,
         fuse_bn: bool = False,
     ) -> None:
-        self.model = _unwrapped(model)
+        self.model = unwrapped(model)
         if any(hasattr(module, TAP) for module in self.model.modules()):
             raise RuntimeError("the model is tracked already; call remove() on its tracker first")
         with plain_view(self.model):
@@ -295,7 +295,7 @@ def track(
             to be read by :meth:`EntropyTracker.live` at any time. On CUDA a module must then run
             on one stream at a time; counts alone are exact on several.
         fuse_bn: on the CPU, let every ReLU, ReLU6, LeakyReLU and Hardswish that is the only reader
-            of a batch norm do the normalisation too, in one pass: faster than the untracked model.
+            of a batch norm do the normalisation too, in one pass instead of two.
             Outputs, gradients and running statistics then agree with the untracked model's to
             rounding and no longer bit for bit; counts are those of the values as rounded here.
             ``tracker.fused`` lists the pairs. A value between the two that is needed after all

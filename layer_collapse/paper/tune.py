@@ -7,16 +7,16 @@ of the best, the one whose folded network has the fewest multiply-adds.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -81,7 +81,7 @@ _FORMS = (
 _TIMES = ((0.15, 0.6), (0.05, 0.4))
 CANDIDATES = (
     *(replace(form, start=s, end=e) for form, (s, e) in product(_FORMS, _TIMES)),
-    DROP,  # what the candidates have to beat, never chosen
+    DROP,  # to compare with; never chosen
 )
 
 
@@ -124,11 +124,7 @@ def chosen(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, A
     return min(near, key=lambda m: m["macs"])["settings"], means
 
 
-def main(
-    out: Annotated[Path, typer.Option(help="JSON to write.")] = Path("docs/results/tuning.json"),
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each candidate.")] = 2,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes, each of one thread.")] = 2,
-) -> None:
+def main(out: Path, seeds: int, jobs: int) -> None:
     """Try every candidate on every family's network; print and write what came of it."""
     cases = [(f, c, s) for f, c, s in product(DEVELOPMENT, CANDIDATES, range(seeds))]
     with ProcessPoolExecutor(jobs) as pool:
@@ -155,4 +151,8 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/tuning.json"))
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each candidate")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, each of one thread")
+    main(**vars(parser.parse_args()))

@@ -17,6 +17,7 @@ from torch import nn
 from ..graph import BATCH_NORM
 from ..measure.report import NONFINITE, UNMEASURED, EntropyReport
 from ..measure.sites import Site
+from ..measure.tracker import unwrapped
 from ..sharding import full, reshard
 from .masks import Masks
 from .strategies import EntropyGuided, PrunableLayer, Strategy
@@ -50,8 +51,14 @@ class CutError(RuntimeError):
 
 
 def candidate_weights(model: nn.Module, sites: Sequence[Site]) -> dict[str, nn.Parameter]:
-    """The weights that pruning may touch: of layers that alone feed a rectifier, by name."""
-    found = {}
+    """The weights that pruning may touch: of layers that alone feed a rectifier, by name.
+
+    Args:
+        model: that was tracked, or the same inside DistributedDataParallel or torch.compile; names
+            are those within it.
+        sites: ``tracker.sites``.
+    """
+    model, found = unwrapped(model), {}
     for site in sites:
         if site.candidate and site.feeding is not None:
             weight = model.get_submodule(site.feeding).weight
@@ -195,7 +202,7 @@ def prune_round(
     same weights then go everywhere.
 
     Args:
-        model: whose layers were tracked.
+        model: as for :func:`candidate_weights`.
         masks: of :func:`candidate_weights`, or of some of them.
         report: entropies since the last round.
         sites: ``tracker.sites``.
@@ -215,6 +222,7 @@ def prune_round(
             f"the network is cut ({report.cut_by}): its output is constant and its entropies say "
             "nothing; go back to the round before and prune less"
         )
+    model = unwrapped(model)
     reshard(model)
     layers = prunable_layers(model, masks, report, guards)
     counts = plan(layers, fraction, strategy, masks, guards)

@@ -22,7 +22,7 @@ class Drop:
 
     Args:
         forms: ("linear",) replaces rectifiers by affine gates instead: the control that has what
-            ``continuous`` has, but for the entropy and the time that each layer is given.
+            ``continuous-linear`` has, but for the entropy and the time that each layer is given.
     """
 
     def __init__(self, forms: tuple[str, ...] = DROP.forms) -> None:

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import layer_collapse as lc
 from layer_collapse.resume.generators import random_state
+from layer_collapse.resume.processes import Processes
 from layer_collapse.sharding import full
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -128,7 +129,8 @@ def arm(phase: str, number: int) -> None:
     """Kill this process at the number-th event of a phase.
 
     ``step``: before a step. ``file``: at a change in the file system (open, make, rename, remove).
-    ``write``: in the middle of a write, with half of the file on the disk.
+    ``write``: in the middle of a write, with half of the file on the disk. ``load``: before a stage
+    of loading that all processes go through together.
     """
     seen = 0
 
@@ -157,6 +159,15 @@ def arm(phase: str, number: int) -> None:
             sync(descriptor)
 
         os.fsync = fsync  # type: ignore[assignment]
+    elif phase == "load":
+        together = Processes.together
+
+        def counted(self: Processes, *arguments: Any, **options: Any) -> Any:
+            if event():
+                die()
+            return together(self, *arguments, **options)
+
+        Processes.together = counted  # type: ignore[method-assign]
     else:
         assert phase == "file"
 
@@ -174,17 +185,22 @@ def arm(phase: str, number: int) -> None:
 def main(kind: str, folder: str, steps: str, *faults: str) -> None:
     dist.init_process_group("gloo")
     run = Run(kind, Path(folder) / "checkpoints")
-    start = run.load()
     rank = dist.get_rank()
     armed = len(list(Path(folder).glob("fault-*")))
     dist.barrier()  # all have counted
-    if rank == 0:
-        print(f"starts at {start}, has met {armed} faults", flush=True)
-    if armed < len(faults):
-        victim, phase, number = faults[armed].split(":")
-        if rank == int(victim):
+
+    def meet(while_loading: bool) -> None:
+        victim, phase, number = (faults[armed:] or ["-1::"])[0].split(":")
+        if rank == int(victim) and (phase == "load") == while_loading:
             (Path(folder) / f"fault-{armed}").touch()
             arm(phase, int(number))
+
+    meet(while_loading=True)
+    start = run.load()
+    dist.barrier()
+    if rank == 0:
+        print(f"starts at {start}, has met {armed} faults", flush=True)
+    meet(while_loading=False)
     for step in range(start, int(steps)):
         run.step(step)
         if (step + 1) % SAVE_EVERY == 0:

@@ -172,6 +172,21 @@ def test_a_folder_that_is_none_or_cannot_be_written() -> None:
             with pytest.raises(OSError, match=r"cannot save step 2 to .*Permission denied"):
                 job.save(2)
             assert job.load() == 1
+            for secret in sorted(p for p in base.rglob("*") if p.is_file() and p.stat().st_size):
+                mode = secret.stat().st_mode
+                if root:
+                    os.seteuid(0)
+                secret.chmod(0)
+                if root:
+                    os.seteuid(65534)
+                with pytest.raises(OSError, match=r"cannot load .*Permission denied") as raised:
+                    job.load()
+                assert "\n" not in str(raised.value)
+                if root:
+                    os.seteuid(0)
+                secret.chmod(mode)
+                if root:
+                    os.seteuid(65534)
         finally:
             if root:
                 os.seteuid(0)

@@ -240,7 +240,7 @@ def test_scalars(ranks: Ranks) -> None:
 def _prunes_alike(strategy: Strategy) -> None:
     model = DistributedDataParallel(net())
     tracker = track(model)
-    masks = Masks(candidate_weights(model.module, tracker.sites))
+    masks = Masks(candidate_weights(model, tracker.sites))
     optimizer = MaskedSGD(model.parameters(), 0.1, momentum=0.9, masks=masks)
     for round_ in range(3):
         tracker.reset()
@@ -253,10 +253,11 @@ def _prunes_alike(strategy: Strategy) -> None:
         for parameter in model.parameters():
             dist.broadcast(parameter.data, 0)
         report = tracker.entropy(dist.group.WORLD)
-        counts = prune_round(
-            model.module, masks, report, tracker.sites, 0.4, strategy, Guards(floor=4)
-        )
+        counts = prune_round(model, masks, report, tracker.sites, 0.4, strategy, Guards(floor=4))
         assert sum(counts.values()) > 0, round_
+        told: list = [None] * dist.get_world_size()
+        dist.all_gather_object(told, counts)
+        assert told == [counts] * len(told), round_
         masks.check_ranks()
         masks.check_()
     everyone: list = [None] * dist.get_world_size()

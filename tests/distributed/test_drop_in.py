@@ -255,7 +255,7 @@ def _replays(kind: str, use_reentrant: bool, compiled: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("use_reentrant", "compiled"), [(True, False), (False, False), (False, True)]
+    ("use_reentrant", "compiled"), [(True, False), (True, True), (False, False), (False, True)]
 )
 @every_kind
 def test_checkpointing_counts_once(

@@ -49,6 +49,7 @@ def _survives(tmp_path: Path, world: int, kind: str, steps: int, faults: list[st
     ("world", "kind", "steps", "faults"),
     [
         (2, "ddp", 8, ["1:step:2", "0:write:1", "1:write:2", "0:write:4", "0:file:9", "0:write:9"]),
+        (2, "ddp", 6, ["0:step:4", "1:load:1", "0:load:2"]),
         (4, "fsdp", 4, ["3:write:1", "0:write:7"]),
     ],
 )
@@ -63,12 +64,13 @@ def test_killed_ranks_change_nothing(
 @pytest.mark.parametrize(("world", "kind"), [(2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")])
 def test_ranks_killed_at_random(tmp_path: Path, world: int, kind: str) -> None:
     draw = random.Random(world)
-    phases = {"step": 3, "write": 9, "file": 20}
-    faults = [
-        f"{draw.randrange(world) if phase == 'step' else 0}:{phase}:{draw.randint(1, most)}"
-        for phase, most in phases.items()
-        for _ in range(8)
-    ]
+    phases = {"step": 3, "write": 9, "file": 20, "load": 2}
+    faults = []
+    for phase, most in phases.items():
+        for _ in range(8):
+            victim = draw.randrange(world) if phase != "file" else 0
+            at = draw.randint(1, 2 if phase == "write" and victim else most)
+            faults.append(f"{victim}:{phase}:{at}")
     draw.shuffle(faults)
     _survives(tmp_path, world, kind, 40, faults)
 

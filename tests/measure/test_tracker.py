@@ -769,10 +769,13 @@ class Modules(nn.Module):
         return self.act2(self.b(self.act(self.a(x))))
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("whole", [True, False])
-def test_compiled_checkpointing_counts_once(compiled: Any, whole: bool) -> None:
+def test_compiled_checkpointing_counts_once(
+    compiled: Any, whole: bool, use_reentrant: bool
+) -> None:
     """The whole model compiled, or each replayed block."""
-    model = Checkpointed(False)
+    model = Checkpointed(use_reentrant)
     if whole:  # dynamo refuses to enter a mode, or to number calls, inside of a checkpoint
         model.one, model.two, model.three = Modules(), Modules(), Modules()
     else:  # a block that is called twice and compiled apart cannot tell a replay from a third call

@@ -219,6 +219,17 @@ def test_no_time_and_no_cells_still_give_a_page(tmp_path: Path) -> None:
     assert page.index("## Reading") < page.index(BEGIN) < page.index(END)
 
 
+def test_results_whose_cells_are_gone_are_left_alone(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("README.md", "results.json"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    assert bench(tmp_path, "--minutes", "0") == 2
+    assert "has no cell of code version" in capsys.readouterr().err
+    for name in ("README.md", "results.json"):
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+
+
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("minutes", ["-1", "nan", "inf"])
 def test_bad_minutes_get_a_sentence(

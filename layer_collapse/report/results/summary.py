@@ -98,10 +98,6 @@ def _row(arm: str, asked: int, group: list[dict[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _ratio(latency: dict[str, Any]) -> float:
-    return float(latency["after"] / latency["before"])
-
-
 def _spread(values: Sequence[float]) -> dict[str, Any]:
     """Mean and sample deviation; no deviation from one value."""
     return {
