@@ -78,6 +78,19 @@ LC_INLINE void walk_lines(Rule rule, const uint32_t* words, int64_t first, int64
       for (int64_t j = 0; j < numel - base; ++j) rule.block(base + j, 1, bits >> j);
     }
   };
+  // All lines of a span: no list of them, and the loops run over a word's weights at once.
+  const auto work_on_all = [&](int64_t begin) __attribute__((always_inline)) {
+    for (int64_t word = begin; word < begin + kSpan; ++word) {
+      const int64_t base = word * kWordBits;
+      for (int64_t line = 0; line < kParts; ++line) rule.prefetch(base + (kAhead + line) * kLine);
+      const uint32_t bits = words ? words[word - first] : ~uint32_t{0};
+      if (bits == ~uint32_t{0}) {
+        rule.block(base, kWordBits, ~uint32_t{0});  // the compiler leaves the masking out
+      } else {
+        rule.block(base, kWordBits, bits);
+      }
+    }
+  };
   std::array<int64_t, kAhead> requested;  // a ring of lines whose memory is on its way
   uint32_t found = 0;
   for (int64_t begin = first; begin < last; begin += kSpan) {
@@ -94,8 +107,12 @@ LC_INLINE void walk_lines(Rule rule, const uint32_t* words, int64_t first, int64
     }
     const int64_t lines =
         (std::min((begin + count) * kWordBits, numel) - begin * kWordBits + kLine - 1) / kLine;
+    if (~busy == 0 && lines == kSpanLines) {
+      work_on_all(begin);
+      continue;
+    }
     busy &= ~uint64_t{0} >> (kSpanLines - lines);
-    if (busy != 0 && ~busy != 0) rule.prefetch((begin + kSpansAhead * kSpan) * kWordBits);
+    if (busy != 0) rule.prefetch((begin + kSpansAhead * kSpan) * kWordBits);
     for (; busy != 0; busy &= busy - 1) {
       const int64_t line = begin * kParts + std::countr_zero(busy);
       rule.prefetch(line * kLine);
