@@ -21,6 +21,7 @@ namespace LC_MACHINE {
 // narrow32     the int32 lanes of a, then b, as int16; narrow16: int16 as int8. Both saturate, and
 //              go through the registers in parts of 16 bytes: first part of a, first part of b, ...
 // byte_sums    of the 8 bytes of every 64-bit lane
+// unordered    all bits of the lanes in which a or b is NaN; not with AVX-512, which has masks
 #if defined(LC_AVX512)
 // maskz: the plain intrinsics make GCC 12 warn of a variable of its own.
 struct Register {
@@ -41,6 +42,9 @@ struct Register {
   static LC_INLINE Bits narrow32(Bits a, Bits b) { return _mm256_packs_epi32(a, b); }
   static LC_INLINE Bits narrow16(Bits a, Bits b) { return _mm256_packs_epi16(a, b); }
   static LC_INLINE Bits byte_sums(Bits a) { return _mm256_sad_epu8(a, _mm256_setzero_si256()); }
+  static LC_INLINE Floats unordered(Floats a, Floats b) {
+    return _mm256_cmp_ps(a, b, _CMP_UNORD_Q);
+  }
 };
 #elif defined(__x86_64__)
 struct Register {
@@ -51,6 +55,7 @@ struct Register {
   static LC_INLINE Bits narrow32(Bits a, Bits b) { return _mm_packs_epi32(a, b); }
   static LC_INLINE Bits narrow16(Bits a, Bits b) { return _mm_packs_epi16(a, b); }
   static LC_INLINE Bits byte_sums(Bits a) { return _mm_sad_epu8(a, _mm_setzero_si128()); }
+  static LC_INLINE Floats unordered(Floats a, Floats b) { return _mm_cmpunord_ps(a, b); }
 };
 #else
 struct Register {
@@ -60,6 +65,7 @@ struct Register {
   static LC_INLINE Floats min(Floats a, Floats b) { return a < b ? a : b; }
   static LC_INLINE Bits narrow32(Bits a, Bits b) { return narrow<int32_t, int16_t>(a, b); }
   static LC_INLINE Bits narrow16(Bits a, Bits b) { return narrow<int16_t, int8_t>(a, b); }
+  static LC_INLINE Floats unordered(Floats a, Floats b) { return (Floats)((a != a) | (b != b)); }
   static LC_INLINE Bits byte_sums(Bits a) {
     uint8_t bytes[16];
     std::memcpy(bytes, &a, sizeof(a));

@@ -126,8 +126,14 @@ class NanWatch {
  private:
   __mmask16 first_ = 0xFFFF, second_ = 0xFFFF;
 #else
+  using NanMask = Lanes<float>::Mask;
   LC_INLINE void see(const Group& v) {
-    unordered_ |= (v[0] != v[0]) | (v[1] != v[1]) | (v[2] != v[2]) | (v[3] != v[3]);
+    // Two registers by one comparison.
+    for (int r = 0; r < Floats::kParts; ++r) {
+      const auto first = Register::unordered(v[0].part[r], v[1].part[r]);
+      const auto second = Register::unordered(v[2].part[r], v[3].part[r]);
+      unordered_.part[r] |= (NanMask::Part)first | (NanMask::Part)second;
+    }
   }
   LC_INLINE bool saw_nan() const {
     int64_t pairs[8], any = 0;
@@ -137,7 +143,7 @@ class NanWatch {
   }
 
  private:
-  Lanes<float>::Mask unordered_{};
+  NanMask unordered_{};
 #endif
 };
 
