@@ -17,7 +17,7 @@ help:
 	@echo "make structure  public models folded, with torchvision, timm, transformers and onnxruntime (6 GB)"
 	@echo "make architectures  the same at full size, as a table (docs/architectures.md)"
 	@echo "make sanitize  the native code under ASan and UBSan"
-	@echo "make bench   ratios against peers, measured in this run: about 15 minutes; bench-quick: fewer cases"
+	@echo "make bench   ratios against peers, measured in this run: about 25 minutes; bench-quick: fewer cases"
 	@echo "make lint    ruff, mypy and clang-format; make format repairs what can be repaired"
 	@echo "make cuda-check   the CUDA kernels, proven on a machine without a GPU"
 	@echo "make cuda-build   build them against a CUDA torch in .venv-cuda (5.5 GB)"
@@ -69,9 +69,11 @@ sanitize: sanitized
 BENCH = $(BIN)/python -m pytest benchmarks --quiet --benchmark-quiet --timeout=0
 
 # REPEATS=3: every case three times, one pass after the other; the table then gives the spread.
+# CASES="masked_step or selection": only these files; what the others gave stays.
 REPEATS ?= 1
+CASES ?= test
 bench: $(VENV)/extension
-	$(BENCH) --repeats=$(REPEATS) --results=benchmarks/results.json
+	$(BENCH) -k "$(CASES)" --repeats=$(REPEATS) --results=benchmarks/results.json
 	$(BIN)/python -m benchmarks.plot
 
 bench-quick: $(VENV)/extension
@@ -109,9 +111,15 @@ $(CUDA_BUILD)/built: $(CUDA_VENV)/packages $(SOURCES) $(shell find layer_collaps
 # -P and pythonpath: the package that was built, never the tree's.
 IN_CUDA_BUILD = PYTHONPATH=$(CURDIR)/$(CUDA_BUILD)/lib $(CUDA_BIN)/python -P
 
+# First whether the kernels load at all: the tests skip what a build without them lacks. A machine
+# with a GPU names it.
 cuda-build: $(CUDA_BUILD)/built
+	$(IN_CUDA_BUILD) -c "from layer_collapse.ops import cuda; assert cuda.BUILT, cuda.REFUSAL"
 	$(IN_CUDA_BUILD) -m pytest -o pythonpath=$(CUDA_BUILD)/lib -p no:cacheprovider -q tests/ops tests/test_core.py
-	$(IN_CUDA_BUILD) -m layer_collapse.cli doctor
+	$(IN_CUDA_BUILD) -m layer_collapse.cli doctor > $(CUDA_BUILD)/doctor
+	@cat $(CUDA_BUILD)/doctor
+	grep -q '^cuda_kernels  *built$$' $(CUDA_BUILD)/doctor
+	grep -q '^cuda_device  *no CUDA device$$' $(CUDA_BUILD)/doctor || nvidia-smi -L
 
 # torchvision needs the torch of .venv-cuda, which works without a GPU too. The extension is the
 # tree's own: a binary of the stable ABI serves every later torch of the same Python.

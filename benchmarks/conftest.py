@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from benchmarks.claims import verdicts
-from benchmarks.harness import FULL, QUICK, Bench, combine
+from benchmarks.harness import FULL, QUICK, Bench, combine, renewed
 from benchmarks.table import text
-from layer_collapse.files import write_json
+from layer_collapse.files import read_json, write_json
 
 ROWS: list[dict[str, Any]] = []
 THREADS = [n for n in (1, 2) if n <= (os.cpu_count() or 1)]
@@ -27,7 +27,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=1,
         help="measure all cases so many times, one pass after the other",
     )
-    parser.addoption("--results", type=Path, help="write the rows to this file")
+    parser.addoption(
+        "--results",
+        type=Path,
+        help="write the rows to this file; rows there of claims that were not measured stay",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -77,5 +81,6 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     if exitstatus != pytest.ExitCode.OK:
         terminalreporter.write_line(f"{path} was not written: some case failed", red=True)
         return
+    rows = renewed(read_json(path)["rows"] if path.exists() else [], rows)
     write_json(path, {"claims": verdicts(rows), "rows": rows})
     terminalreporter.write_line(f"written: {path}")

@@ -154,6 +154,27 @@ def combine(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return combined
 
 
+def renewed(
+    known: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """``rows``, and of ``known`` the claims that they do not touch, in the order of ``CLAIMS``.
+
+    Raises:
+        ValueError: what is known and would stay is of another machine or another torch.
+    """
+    measured = {row["claim"] for row in rows}
+    kept = [row for row in known if row["claim"] in CLAIMS and row["claim"] not in measured]
+    for row in kept:
+        if (row["device"], row["torch"]) != (rows[0]["device"], rows[0]["torch"]):
+            raise ValueError(
+                f"{row['claim']} was measured on {row['device']}, torch {row['torch']}, and this "
+                f"is {rows[0]['device']}, torch {rows[0]['torch']}; measure every claim, or write "
+                "to another file"
+            )
+    order = list(CLAIMS)
+    return sorted([*kept, *rows], key=lambda row: order.index(row["claim"]))
+
+
 class Bench:
     """What a case is given: ``bench(case, ours, {claim: peer})`` measures and keeps the rows."""
 

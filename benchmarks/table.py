@@ -1,4 +1,4 @@
-"""The summary of benchmarks/results.json as Markdown: ``python -m benchmarks.table [FILE]``."""
+"""The summary of benchmarks/results.json as Markdown: ``python -m benchmarks.table [FILE ...]``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.claims import verdicts
+from benchmarks.claims import CLAIMS, verdicts
 from layer_collapse.files import read_json
 
 RESULTS = Path(__file__).with_name("results.json")
@@ -62,24 +62,32 @@ def text(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{_aligned(cases)}\n\n{_aligned(claims)}"
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line per claim, with the mean and the highest case at every thread count."""
-    entries = verdicts(rows)
-    counts = sorted({entry["threads"] for entry in entries})
-    heads = ["ours", "against", "cases", *(f"{n} thread{'s' * (n > 1)}" for n in counts), "bar"]
-    lines = [heads, ["---"] * len(heads)]
-    for key in dict.fromkeys(entry["claim"] for entry in entries):
-        own = {entry["threads"]: entry for entry in entries if entry["claim"] == key}
-        first = next(iter(own.values()))
-        cells = [_cell(own[n]) if n in own else "-" for n in counts]
+def markdown(*reports: Sequence[Mapping[str, Any]]) -> str:
+    """One line per claim: the mean and the highest case, on every machine at every thread count.
+
+    Args:
+        reports: the rows of each machine.
+    """
+    machines = [rows[0]["device"].split(", ")[-2] for rows in reports]
+    columns: list[dict[str, dict[str, Any]]] = []
+    heads = ["ours", "against", "cases"]
+    for machine, rows in zip(machines, reports, strict=True):
+        entries = verdicts(rows)
+        for n in sorted({entry["threads"] for entry in entries}):
+            columns.append({entry["claim"]: entry for entry in entries if entry["threads"] == n})
+            heads.append(f"{machine}, {n} thread{'s' * (n > 1)}")
+    lines = [[*heads, "bar"], ["---"] * (len(heads) + 1)]
+    for key in (key for key in CLAIMS if any(key in column for column in columns)):
+        first = next(column[key] for column in columns if key in column)
+        cells = [_cell(column[key]) if key in column else "-" for column in columns]
         lines.append([first["title"], first["peer"], str(first["cases"]), *cells, _bar(first)])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    passes = len(rows[0]["passes"])
-    spread = f", and that mean in each of {passes} passes" if passes > 1 else ""
+    passes = max(len(rows[0]["passes"]) for rows in reports)
+    spread = ", and the lowest and highest mean of all passes" if passes > 1 else ""
+    where = "; ".join(f"{r[0]['device']}, torch {r[0]['torch']}, {r[0]['date']}" for r in reports)
     return (
         f"{table}\n\nTime of ours over time of the peer: geometric mean over the cases (highest of "
-        f"them){spread}, against the bar [of any single case]; bold where it is missed. "
-        f"{rows[0]['device']}, torch {rows[0]['torch']}, {rows[0]['date']}."
+        f"them){spread}, against the bar [of any single case]; bold where it is missed. {where}."
     )
 
 
@@ -94,4 +102,4 @@ def _cell(entry: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown(read_json(sys.argv[1] if len(sys.argv) > 1 else RESULTS)["rows"]))
+    print(markdown(*(read_json(path)["rows"] for path in sys.argv[1:] or [RESULTS])))

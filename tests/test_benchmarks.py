@@ -15,7 +15,7 @@ from torch import nn
 import layer_collapse
 from benchmarks import plot
 from benchmarks.claims import CLAIMS, mean, verdicts
-from benchmarks.harness import Effort, combine, machine, make_row, race
+from benchmarks.harness import Effort, combine, machine, make_row, race, renewed
 from benchmarks.networks import NETWORKS, evaluation, training_step
 from benchmarks.peers import (
     EasierHook,
@@ -247,6 +247,19 @@ def test_passes_give_their_middle_and_their_range():
     assert verdict["mean"] == pytest.approx(math.sqrt(4.4))
     assert "1.10, 1.00 to 1.50" in markdown([rectifier | machine()])
     assert "1.00 to 1.50" in text([rectifier])
+
+
+def test_claims_that_are_not_measured_again_stay():
+    old = [row(c, [v] * 2, [1.0] * 2) | machine() for c, v in (("relu_f32", 2.0), ("sgd_95", 3.0))]
+    new = [row("sgd_95", [1.0] * 2, [1.0] * 2) | machine()]
+    assert [(r["claim"], r["value"]) for r in renewed(old, new)] == [
+        ("relu_f32", 2.0),
+        ("sgd_95", 1.0),
+    ]
+    assert renewed([], new) == new
+    with pytest.raises(ValueError, match="relu_f32 was measured on another, torch"):
+        renewed([old[0] | {"device": "another"}], new)
+    assert renewed([old[1] | {"device": "another"}], new) == new
 
 
 def test_plot_has_a_line_per_kind_of_call():
