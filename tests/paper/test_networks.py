@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from layer_collapse.data import FASHION_MNIST_ROOT
 from layer_collapse.idx import find_fashion_mnist
@@ -65,3 +66,10 @@ def test_a_pretrained_network_sees_pixels_scaled_as_it_was_trained() -> None:
     assert x.shape[1:] == (3, 64, 64)
     assert float(x.min()) == pytest.approx(black, abs=1e-5)
     assert float(x.max()) == pytest.approx(white, abs=1e-5)
+
+
+def test_statistics_of_the_pretrained_cnn_follow_the_new_pictures() -> None:
+    model = NETWORKS["efficientnet-lite0"].build()
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    steps = 4 * 500 // 25
+    assert all((1 - (norm.momentum or 0)) ** steps < 0.01 for norm in norms)
