@@ -181,7 +181,7 @@ def test_peak_of_a_small_model(monkeypatch, build, dtype: torch.dtype) -> None: 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "build",
-    ["transformer(1024, 8)", "gated(3200, 10)", "classifier(512, 3)", "normed(512, 42)"],
+    ["transformer(1024, 8)", "gated(3200, 10)", "classifier(512, 3)", "normed(512, 44)"],
 )
 def test_peak_of_100_million_parameters(build: str, dtype: str) -> None:
     code = f"""
@@ -205,7 +205,10 @@ print(parameters, (highest() - before) / size(model), seconds, len(report.folds)
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
-        capture_output=True, text=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True, text=True, cwd=root,
+        # What is freed goes back to the system: glibc would raise this threshold by itself and keep
+        # up to a third of the model's size in pieces, more or less from run to run.
+        env={**os.environ, "PYTHONPATH": str(root), "MALLOC_MMAP_THRESHOLD_": str(1 << 17)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     parameters, ratio, seconds, folds, error = map(float, done.stdout.split())
