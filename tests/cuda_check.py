@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -70,6 +71,11 @@ def run(name: str, *paths: str, **environment: str) -> tuple[int, int]:
 
 def main() -> int:
     tools_or_exit()
+    import figures
+    import model
+
+    start = time.monotonic()
+    figures.JSON.unlink(missing_ok=True)  # what did not compile has no figures
     with ThreadPoolExecutor(1) as beside:  # nvcc on one core, the harness on another
         static = beside.submit(run, "cuda_static", "cuda_static")
         parts = [
@@ -87,13 +93,11 @@ def main() -> int:
             ),
             static.result(),
         ]
-    import figures
-    import model
-
     print(model.table())
     if figures.JSON.exists():
         print(figures.summary())
     passed, failed = (sum(column) for column in zip(*parts, strict=True))
+    print(f"took {time.monotonic() - start:.0f} s")
     print(f"{passed} passed, {failed} failed")
     return 1 if failed else 0
 

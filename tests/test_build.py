@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -58,8 +59,9 @@ def test_a_missing_torch_is_one_sentence(tmp_path):
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def with_cuda_torch(folder: Path, release: str, **environment: str):
-    """setup.py beside a torch for CUDA 13.0 and an nvcc of another release."""
+def with_cuda_torch(folder: Path, release: str, known: str = "75 80 90", **environment: str):
+    """setup.py beside a torch for CUDA 13.0 and an nvcc of another release, or one that knows
+    other architectures."""
     text = """__version__ = '2.14.1'
 class version: cuda = '13.0'
 """
@@ -79,11 +81,12 @@ class BuildExtension:
     (folder / "torch" / "utils" / "cpp_extension.py").write_text(extension)
     nvcc = folder / "toolkit" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
+    listed = "\\n".join(f"compute_{arch}" for arch in known.split())
     nvcc.write_text(
         f"""#!/bin/sh
 case $1 in
 --version) echo 'Cuda compilation tools, release {release}, V{release}.1' ;;
-*) printf 'compute_75\\ncompute_80\\ncompute_90\\n' ;;
+*) printf '{listed}\\n' ;;
 esac
 """
     )
@@ -118,6 +121,25 @@ def test_the_kernels_are_built_for_what_nvcc_knows(tmp_path):
     result = with_cuda_torch(tmp_path, "13.2")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[0] == "layer_collapse._C_cuda 7.5;8.0;9.0+PTX"
+
+
+def test_the_kernels_are_built_for_every_architecture_that_is_checked(tmp_path):
+    known = "75 80 86 87 88 89 90 100 103 110 120 121"  # by nvcc 13
+    result = with_cuda_torch(tmp_path, "13.2", known)
+    assert result.returncode == 0, result.stderr
+    every = "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
+    assert result.stdout.splitlines()[0] == f"layer_collapse._C_cuda {every}"
+    built = constant(ROOT / "setup.py", "ARCHITECTURES")
+    checked = constant(ROOT / "tests" / "cuda_static" / "figures.py", "ARCHITECTURES")
+    assert checked == tuple(f"sm_{arch.replace('.', '')}" for arch in built)
+
+
+def constant(source: Path, name: str):
+    """What a module that cannot be imported here says that a name stands for."""
+    for line in ast.parse(source.read_text()).body:
+        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == name:
+            return ast.literal_eval(line.value)
+    raise AssertionError(f"no {name} in {source}")
 
 
 @pytest.mark.slow

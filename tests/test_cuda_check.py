@@ -36,12 +36,38 @@ WAITS = re.compile(
 )
 
 
+#: What the CPU ops share headers with the CUDA ops for, and reads what on CUDA is the device's.
+READS = re.compile(r"read_scalar|read_optional|check_mask\(|has_stray_bits|view_in_m\w+_order")
+
+
+def with_headers(sources: list[Path]) -> set[Path]:
+    """The sources and every header of csrc that they include, directly or not."""
+    found, left = set(), [*sources]
+    while left:
+        source = left.pop()
+        if source not in found:
+            found.add(source)
+            names = re.findall(r'#include "(.*)"', source.read_text())
+            left += [path for name in names if (path := ROOT / "csrc" / name).exists()]
+    return found
+
+
 def test_nothing_of_the_kernels_waits_for_a_device():
-    sources = sorted((ROOT / "csrc" / "cuda").iterdir())
-    assert len(sources) > 20
-    for source in [*sources, ROOT / "csrc" / "rectify_arguments.h"]:
+    own = sorted((ROOT / "csrc" / "cuda").iterdir())
+    assert len(own) > 20
+    sources = with_headers(own)
+    shared = {str(source.relative_to(ROOT / "csrc")) for source in sources - set(own)}
+    assert shared > {
+        "checks.h", "core/entropy.h", "core/strided_walk.h", "cpu/layout.h",
+        "cpu/masked_tensors.h", "cpu/step_arguments.h", "magnitude_arguments.h",
+        "rectify_arguments.h",
+    }  # fmt: skip
+    for source in sources:
         assert not WAITS.search(source.read_text()), source
+    for source in own:
+        assert not READS.search(source.read_text()), source
     assert WAITS.search("cudaStreamSynchronize(queue)")
+    assert READS.search((ROOT / "csrc" / "cpu" / "masked_step.cpp").read_text())
 
 
 def test_without_nvcc_a_user_is_told_so_in_one_sentence(check, monkeypatch, capsys):
@@ -80,3 +106,21 @@ def test_ci_goes_on_with_the_nvcc_of_the_wheels(check, monkeypatch, tmp_path):
     check.tools_or_exit()
     assert tried == ["nvcc.txt", "cuda.txt"]
     assert check.tools.nvcc() == tmp_path / "nvidia" / "cu13" / "bin" / "nvcc"
+
+
+def test_it_ends_with_its_time_and_count_and_without_figures_of_an_earlier_run(
+    check, monkeypatch, tmp_path, capsys
+):
+    import figures
+
+    monkeypatch.setattr(figures, "JSON", tmp_path / "cuda_static.json")
+    figures.JSON.write_text("[]")
+    monkeypatch.setattr(check, "tools_or_exit", lambda: None)
+    monkeypatch.setattr(check, "library", lambda name: name)
+    counts = {"cuda_static": (0, 1), "cuda_harness": (3, 0), "cuda_on_cpu": (4, 2)}
+    monkeypatch.setattr(check, "run", lambda name, *paths, **environment: counts[name])
+    assert check.main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"took \d+ s", lines[-2])
+    assert lines[-1] == "7 passed, 3 failed"
+    assert not [line for line in lines if "architectures compiled" in line]

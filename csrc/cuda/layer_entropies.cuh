@@ -1,4 +1,4 @@
-// What all ledgers of a model say, in one launch: a block per ledger.
+// What all ledgers of a model say: a block per ledger, one launch per 160 ledgers (kMaxLedgers).
 #pragma once
 
 #include "cuda/entropy.cuh"

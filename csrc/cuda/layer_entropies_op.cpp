@@ -1,4 +1,5 @@
-// layer_entropies on CUDA: check, allocate, launch.
+// layer_entropies on CUDA: check, allocate, launch. One launch for a model of up to 160 rectifiers,
+// as many as fit into 4 KB of kernel parameters; one more for every further 160.
 #include "cuda/layer_entropies.h"
 
 #include "cuda/on_device.h"

@@ -63,10 +63,11 @@ struct TensorNames {
   int64_t number[SelectTable::kTensors];
 };
 
-// visit(key) for the alive weights of words begin .. end of a tensor.
+// visit(alive, key) for the weights of words begin .. end of a tensor, but for some that are not
+// alive; the key of such a one means nothing.
 template <typename Key, typename T, typename Visit>
-__device__ __forceinline__ void visit_alive(const T* data, const uint32_t* words, int64_t numel,
-                                            int64_t begin, int64_t end, const Visit& visit) {
+__device__ __forceinline__ void visit_keys(const T* data, const uint32_t* words, int64_t numel,
+                                           int64_t begin, int64_t end, const Visit& visit) {
   constexpr int kValues = kVectorValues<T>, kShare = kWordBits / kValues;  // threads per word
   constexpr int kAhead = 2;  // vectors on their way at a time
   const bool aligned = reinterpret_cast<uintptr_t>(data) % sizeof(uint4) == 0;
@@ -81,7 +82,7 @@ __device__ __forceinline__ void visit_alive(const T* data, const uint32_t* words
     LC_UNROLL
     for (int b = 0; b < kAhead; ++b) {
       const int64_t own = number + b * stride;
-      alive[b] = own < whole ? word_of(words, own, numel) >> shift & ((1U << kValues) - 1) : 0;
+      alive[b] = own < whole ? whole_word_of(words, own) >> shift & ((1U << kValues) - 1) : 0;
       if (alive[b] == 0) continue;  // touches no weight
       // one access: a plain load would be split into one per alive weight
       const T* place = data + own * kWordBits + shift;
@@ -89,14 +90,15 @@ __device__ __forceinline__ void visit_alive(const T* data, const uint32_t* words
     }
     LC_UNROLL
     for (int b = 0; b < kAhead; ++b) {
+      if (alive[b] == 0) continue;
       LC_UNROLL
       for (int i = 0; i < kValues; ++i) {
-        if ((alive[b] >> i & 1) != 0) visit(key_of<Key, T>(values[b].get(i)));
+        visit((alive[b] & 1U << i) != 0, key_of<Key, T>(values[b].get(i)));
       }
     }
   }
   walk_words<1>(words, numel, whole, end, [&](uint32_t word, int64_t place) {
-    if ((word >> place % kWordBits & 1) != 0) visit(key_of<Key, T>(widen(data[place])));
+    if ((word >> place % kWordBits & 1) != 0) visit(true, key_of<Key, T>(widen(data[place])));
   });
 }
 
@@ -112,26 +114,41 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const int tensor = tensor_of(table, blockIdx.x);
   Cut& cut = cuts[table.group[tensor]];
   if (cut.wanted == 0 || cut.failed != 0) return;
+  LC_SHARED(int32_t, suspects);  // threads that have seen a NaN, alive or not
   for (int i = threadIdx.x; i < kBuckets; i += blockDim.x) buckets[i] = 0;
+  if (threadIdx.x == 0) suspects = 0;
   __syncthreads();
   const int64_t words = mask_words(table.numel[tensor]);
   const int64_t begin = (blockIdx.x - table.first[tensor]) * table.chunk;
   const int64_t end = begin + table.chunk < words ? begin + table.chunk : words;
-  const auto prefix = static_cast<Key>(cut.prefix);
-  const Key mask = (Key{1} << (digit.high - digit.low)) - 1;
+  // The keys that count are `first` and those after it; none if the prefix is no key's.
+  const Key prefix = static_cast<Key>(cut.prefix), first = prefix << digit.high;
+  const Key range = first >> digit.high == prefix ? Key{1} << digit.high : 0;
+  const T* data = static_cast<const T*>(table.data[tensor][0]);
+  Key largest = 0;
+  visit_keys<Key>(data, table.words[tensor], table.numel[tensor], begin, end,
+                  [&](bool alive, Key key) {
+                    largest = key > largest ? key : largest;
+                    const Key place = key ^ first;
+                    if (alive & (place < range)) {
+                      atomicAdd(&buckets[static_cast<int>(place >> digit.low)], 1);
+                    }
+                  });
+  if (largest > infinity<Key>()) atomicAdd(&suspects, 1);
+  __syncthreads();
   int32_t nans = 0;
-  visit_alive<Key>(static_cast<const T*>(table.data[tensor][0]), table.words[tensor],
-                   table.numel[tensor], begin, end, [&](Key key) {
-                     if (key >> digit.high == prefix) {
-                       nans += key > infinity<Key>();
-                       atomicAdd(&buckets[static_cast<int>(key >> digit.low & mask)], 1);
-                     }
-                   });
+  if (suspects != 0) {  // seldom, so that the loop above need not count them
+    walk_words<1>(table.words[tensor], table.numel[tensor], begin, end,
+                  [&](uint32_t word, int64_t place) {
+                    if ((word >> place % kWordBits & 1) == 0) return;
+                    const Key key = key_of<Key, T>(widen(data[place]));
+                    nans += (key ^ first) < range && key > infinity<Key>();
+                  });
+  }
   if (digit.first && nans != 0) {
     atomicMin(reinterpret_cast<long long*>(&cut.nan_tensor),
               static_cast<long long>(names.number[tensor]));
   }
-  __syncthreads();
   int64_t* sums = hist + table.group[tensor] * kHistogram;
   for (int i = threadIdx.x; i < kBuckets; i += blockDim.x) add_to(sums + i, buckets[i]);
   add_to(sums + kBuckets, nans);

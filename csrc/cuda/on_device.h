@@ -1,6 +1,7 @@
 // What every CUDA op needs of torch: the current device and stream, and an answer to failures.
 //
-// tests/cuda_on_cpu compiles the ops for CPU tensors and another library name, without USE_CUDA.
+// tests/cuda_on_cpu compiles the ops for CPU tensors and another library name, without USE_CUDA. It
+// refuses launches on another stream than the one that they get here.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -25,6 +26,7 @@ using torch::headeronly::ScalarType;
 inline constexpr int kOpThreads = 256;
 #else
 inline int kOpThreads = 256;
+inline char stream_of_tests;  // its address stands for torch's current stream
 #endif
 
 // Makes a tensor's device current while it lives; stream(): the one that torch uses there.
@@ -43,7 +45,7 @@ class OnDevice {
   explicit OnDevice(const Tensor&) {}
 
  private:
-  static constexpr void* stream_ = nullptr;
+  static constexpr void* stream_ = &stream_of_tests;
 #endif
 
  public:

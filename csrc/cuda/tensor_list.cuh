@@ -40,15 +40,21 @@ __device__ __forceinline__ uint32_t word_of(const uint32_t* words, int64_t numbe
   return words ? words[number] & all : all;
 }
 
+// The same where all of its weights exist.
+__device__ __forceinline__ uint32_t whole_word_of(const uint32_t* words, int64_t number) {
+  return words ? words[number] : ~0U;
+}
+
 // visit(word, first weight) for the words of this block, one per kWordBits / kValues consecutive
-// threads: each of them has kValues of the word's weights, the first being `first weight`.
+// threads: each of them has kValues of the word's weights, the first being `first weight`. If that
+// is more than one, all weights of the words must exist.
 template <int kValues, typename Visit>
 __device__ __forceinline__ void walk_words(const uint32_t* words, int64_t numel, int64_t begin,
                                            int64_t end, const Visit& visit) {
   constexpr int kShare = kWordBits / kValues;  // threads per word
   LC_NO_UNROLL
   for (int64_t number = begin + threadIdx.x / kShare; number < end; number += blockDim.x / kShare) {
-    visit(word_of(words, number, numel),
+    visit(kValues > 1 ? whole_word_of(words, number) : word_of(words, number, numel),
           number * kWordBits + static_cast<int64_t>(threadIdx.x % kShare) * kValues);
   }
 }

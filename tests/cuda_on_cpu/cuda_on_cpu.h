@@ -57,6 +57,9 @@ inline unsigned schedule = 0;
 // If not 0, only so many blocks at either end of a grid run: for tensors that nobody could fill.
 inline unsigned ends = 0;
 
+// The stream that every launch must be on: of ops the one that settings.cpp sets, of programs none.
+inline void* stream = nullptr;
+
 // A graph: what launches would have run while capturing, with the arguments that they were given.
 inline bool capturing = false;
 inline std::vector<std::function<void()>> graph;
@@ -384,10 +387,13 @@ void run_grid(unsigned count, int threads, const Body& body) {
 }
 }  // namespace detail
 
-// The launcher's counterpart: runs the grid before it returns, or captures it.
+// The launcher's counterpart: runs the grid before it returns, or captures it. A launch on another
+// stream than the op's is answered as CUDA answers a stream that it does not know.
 template <typename... Parameters, typename... Arguments>
-int launch_grid(void (*kernel)(Parameters...), unsigned blocks, int threads, void*,
+int launch_grid(void (*kernel)(Parameters...), unsigned blocks, int threads, void* stream,
                 const Arguments&... arguments) {
+  constexpr int kInvalidResourceHandle = 400;
+  if (stream != cuda_on_cpu::stream) return kInvalidResourceHandle;
   const auto run = [=] { detail::run_grid(blocks, threads, [&] { kernel(arguments...); }); };
   if (cuda_on_cpu::capturing) {
     cuda_on_cpu::graph.push_back(run);

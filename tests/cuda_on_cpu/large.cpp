@@ -1,6 +1,8 @@
-// Tensors of more than 2^32 elements, which no test machine could fill: their memory is reserved,
-// and of every grid only the blocks at either end run. What lies at the ends must be found there; a
-// place that overflowed would be outside of the reservation, or wrong.
+// What address space alone can test. Tensors of more than 2^32 elements, which no test machine
+// could fill: their memory is reserved, and of every grid only the blocks at either end run.
+// What lies at the ends must be found there; a place that overflowed would be outside of the
+// reservation, or wrong. And tensors that must not be touched: their memory can be neither read nor
+// written.
 #include <sys/mman.h>
 
 #include <cmath>
@@ -28,12 +30,13 @@ void expect(bool ok, const char* what) {
   ++failures;
 }
 
-// Zeros that take memory only where they are written.
+// Zeros that take memory only where they are written, or with PROT_NONE what ends the process when
+// it is read or written.
 template <typename T>
 struct Reserved {
-  explicit Reserved(int64_t count) : bytes(static_cast<size_t>(count) * sizeof(T)) {
-    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  explicit Reserved(int64_t count, int access = PROT_READ | PROT_WRITE)
+      : bytes(static_cast<size_t>(count) * sizeof(T)) {
+    void* memory = mmap(nullptr, bytes, access, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) {
       std::perror("large: no address space");
       std::exit(2);
@@ -73,6 +76,14 @@ void too_many_blocks() {
                            0.0,        1,    int64_t{1} << 33, 2,       Dtype::bfloat16,
                            Kind::relu, kSize};
   expect(launch_rectify(call, nullptr) == 9 && x == kMinusOne, "answer to too many blocks");
+}
+
+// The harness itself: a launch that an op did not put on its stream is refused.
+void another_stream() {
+  uint16_t x = kMinusOne;
+  const RectifyLaunch call{&x, &x, nullptr, nullptr,         nullptr,    0.0,
+                           1,  1,  1,       Dtype::bfloat16, Kind::relu, kSize};
+  expect(launch_rectify(call, &x) == 400 && x == kMinusOne, "answer to another stream");
 }
 
 constexpr int64_t kWeights = (int64_t{1} << 32) + 77;
@@ -155,14 +166,52 @@ void selection() {
   expect(left == 20, "weights that stay");
 }
 
+// Weights, gradients and state whose mask words are all zero are neither read nor written, wherever
+// they lie within 16 bytes; the last word is not a whole one.
+void dead_words(Dtype dtype, int64_t size) {
+  constexpr int64_t kCount = 3 * 64 * 1024 + 7;
+  for (const int64_t offset : {int64_t{0}, size}) {
+    Reserved<char> forbidden(kCount * size + offset, PROT_NONE);
+    const std::vector<uint32_t> words(mask_words(kCount));
+    void* const data = forbidden.data + offset;
+    float number = 1.0F;
+    const StepOptions common{1.0, 0.1, false, {}, {}, {}};
+    const MaskedData all{dtype, kCount, words.data(), {data, data, data, data, data, &number}};
+    MaskedData three = all, one = all;
+    three.data.resize(3);
+    one.data.resize(1);
+    for (const double momentum : {0.0, 0.5}) {
+      expect(launch_masked_sgd({three}, {common, momentum, 0.0, false, false}, kSize, nullptr) == 0,
+             "launch of sgd");
+    }
+    for (const bool amsgrad : {false, true}) {
+      expect(launch_masked_adamw({all}, {common, 0.5, 0.5, 0.0}, amsgrad, kSize, nullptr) == 0,
+             "launch of adamw");
+    }
+    const bool wide = dtype == Dtype::float64;
+    std::vector<int64_t> cuts(cut_words() + 1), histograms(2049, 1);
+    const int64_t prefix = 0;
+    const Selection selection{{one},   false,   wide,  cuts.data(), histograms.data(),
+                              nullptr, nullptr, kSize, nullptr};
+    expect(begin_at(selection, &prefix) == 0 && launch_histogram(selection, 0) == 0,
+           "launch of a histogram");
+    for (const int64_t count : histograms) expect(count == 0, "histogram of no weight");
+  }
+}
+
 }  // namespace
 
 int main() {
+  dead_words(Dtype::float32, 4);
+  dead_words(Dtype::float64, 8);
+  dead_words(Dtype::bfloat16, 2);
+  dead_words(Dtype::float16, 2);
   cuda_on_cpu::ends = 2;
   rectify(3, 2, (int64_t{1} << 30) + 105);
   rectify(int64_t{3} << 30, 2, 3);
   rectify((int64_t{1} << 22) + 3, 1024, 1);
   too_many_blocks();
+  another_stream();
   steps();
   cuda_on_cpu::ends = 1;  // its blocks walk the whole mask
   reorder();

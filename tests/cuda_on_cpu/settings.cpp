@@ -8,6 +8,11 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
+// Before the first op is called: ops launch on the stream that OnDevice gives them, and no other.
+__attribute__((constructor)) static void expect_the_stream_of_ops() {
+  cuda_on_cpu::stream = &layer_collapse::stream_of_tests;
+}
+
 // Order of threads and blocks (cuda_on_cpu.h), and threads per block.
 EXPORT void cuda_on_cpu_set(unsigned schedule, int threads) {
   cuda_on_cpu::schedule = schedule;

@@ -39,7 +39,11 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_planted_bug_is_caught(bug: str) -> None:
     how, sentence = BUGS[bug]
     program = build.program(build.HERE / "planted.cpp", *FLAGS[how])
-    result = run(program, bug.split(",")[0])
+    # A race is seen when it happens; on a busy machine threads may follow one another by chance.
+    for _ in range(10 if how == "race" else 1):
+        result = run(program, bug.split(",")[0])
+        if result.returncode != 0:
+            break
     assert result.returncode != 0
     assert sentence in result.stderr + result.stdout
 
@@ -60,7 +64,7 @@ def races() -> Path:
     return build.program(build.HERE / "races.cpp", *build.THREAD)
 
 
-def test_places_beyond_32_bits(large: Path) -> None:
+def test_places_beyond_32_bits_and_places_that_are_nobodys(large: Path) -> None:
     result = run(large)
     assert (result.returncode, result.stderr) == (0, "")
 

@@ -8,9 +8,12 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+from cards import CARDS
 from sass import Loop, kernels
 from tools import nvcc, nvdisasm
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 ROOT = Path(__file__).parents[2]
 SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
@@ -21,6 +24,8 @@ _ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
 _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
+#: Atomics on global and shared memory, with or without a result.
+ATOMIC = re.compile(r"ATOM|RED(?!UX)")
 #: What ptxas -v says of every kernel; any other line is a warning or worse.
 _EXPECTED = re.compile(r"ptxas info|bytes stack frame|^\s*$")
 
@@ -38,6 +43,8 @@ class Figures:
     loads_128: int = 0
     stores_128: int = 0
     instructions: int = 0
+    #: opcodes of atomics, each once
+    atomics: list[str] = field(default_factory=list)
     #: of the innermost loop with the most 16-byte loads (then the shortest): None without one
     loop_instructions: int | None = None
     loop_loads_128: int = 0
@@ -48,6 +55,19 @@ class Figures:
         if self.loop_instructions is None:
             return None
         return self.loop_instructions / self.loop_loads_128
+
+    @property
+    def headroom(self) -> float | None:
+        """Times its card's bandwidth that the kernel would reach if only issuing mattered.
+
+        As if every instruction of the inner loop were issued, those of branches that are not taken
+        too. A shared-memory atomic counts as one instruction, however long it takes.
+        """
+        if self.loop_instructions is None:
+            return None
+        (card,) = (card for card in CARDS if card.arch == self.arch)
+        moved = 16 * (self.loop_loads_128 + self.loop_stores_128)
+        return card.issue_limited(self.loop_instructions, moved) / card.bandwidth
 
 
 @dataclass
@@ -78,7 +98,7 @@ def _compile(source: Path, arch: str, folder: Path) -> tuple[Path, str]:
         nvcc(),
         "-std=c++20",
         "-O3",
-        "--expt-relaxed-constexpr",
+        *COMMON_NVCC_FLAGS,  # what torch adds to a build
         f"-I{ROOT / 'csrc'}",
         f"-arch={arch}",
         "-Xptxas",
@@ -121,6 +141,7 @@ def collect(folder: Path) -> Report:
                 figures = found[kernel.name]
                 figures.instructions = len(kernel.opcodes)
                 figures.loads_128, figures.stores_128 = _vectors(Loop(kernel.opcodes))
+                figures.atomics = sorted({op for op in kernel.opcodes if ATOMIC.match(op)})
                 loops = [loop for loop in kernel.loops if _vectors(loop)[0] > 0]
                 if loops:
                     best = max(loops, key=lambda loop: (_vectors(loop)[0], -len(loop.opcodes)))
@@ -134,20 +155,50 @@ def collect(folder: Path) -> Report:
 
 def write(report: Report, path: Path = JSON) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{**asdict(f), "per_16_bytes": f.per_16_bytes} for f in report.figures]
+    rows = [
+        {**asdict(f), "per_16_bytes": f.per_16_bytes, "headroom": f.headroom}
+        for f in report.figures
+    ]
     path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
+def _by_kernel(rows: list[dict[str, Any]], figure: str) -> dict[str, list[float]]:
+    """A figure of the kernels that have it, by name, over ARCHITECTURES, which CARDS follow."""
+    of = {(row["kernel"], row["arch"]): row[figure] for row in rows}
+    found = {name: [of[name, arch] for arch in ARCHITECTURES] for name, _ in sorted(of)}
+    return {name: values for name, values in found.items() if None not in values}
+
+
 def summary(path: Path = JSON) -> str:
-    """How much was compiled, and the inner loops of the rectifiers."""
+    """How much was compiled, and the inner loops: their instructions, and what follows from them.
+
+    Not of doubles: cards that have few units for them wait for those.
+    """
     rows = json.loads(path.read_text())
+    some = [row for row in rows if "double" not in row["kernel"]]
+    rectifiers = [row for row in some if row["kernel"].startswith("rectify_")]
     lines = ["Instructions of the inner loop per 16 bytes, over " + ", ".join(ARCHITECTURES)]
-    for kernel in sorted({r["kernel"] for r in rows if r["kernel"].startswith("rectify_")}):
-        found = {r["arch"]: r["per_16_bytes"] for r in rows if r["kernel"] == kernel}
-        if None not in found.values():
-            cells = "".join(f"{found[arch]:8.1f}" for arch in ARCHITECTURES)
-            lines.append(f"  {kernel:60}{cells}")
+    for kernel, found in _by_kernel(rectifiers, "per_16_bytes").items():
+        lines.append(f"  {kernel:60}" + "".join(f"{value:8.1f}" for value in found))
+    cards = ", ".join(card.name for card in CARDS)
+    lines.append(f"Model, not measured: times its bandwidth that issuing allows, over {cards}")
+    for kernel, found in _by_kernel(some, "headroom").items():
+        lines.append(f"  {kernel:60}" + "".join(f"{value:8.2f}" for value in found))
     return "\n".join([*lines, f"{len(rows)} kernels x architectures compiled"])
+
+
+def short_of(times: float, path: Path = JSON) -> str:
+    """The table of benchmarks/gpu.md: which kernels stay below `times` the bandwidth of a card."""
+    lines = [
+        "| inner loop of | " + " | ".join(card.name for card in CARDS) + " |",
+        "|---" * (1 + len(CARDS)) + "|",
+    ]
+    some = [row for row in json.loads(path.read_text()) if "double" not in row["kernel"]]
+    for kernel, found in _by_kernel(some, "headroom").items():
+        if min(found) < times:
+            cells = (f" {value:.2f} |" if value < times else " |" for value in found)
+            lines.append(f"| `{kernel}` |" + "".join(cells))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
@@ -155,4 +206,5 @@ if __name__ == "__main__":
     folder.mkdir(parents=True, exist_ok=True)
     report = collect(folder)
     write(report)
+    print(short_of(3.0))
     print(f"{len(report.figures)} kernels x architectures in {JSON}", file=sys.stderr)

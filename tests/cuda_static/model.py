@@ -16,6 +16,7 @@ from cards import CARDS
 BLOCKS, VECTORS = 1024, 16  # of csrc/cuda/rectify.cu
 CHANNEL_BLOCKS, MIN_ROWS, ROWS = 512, 4, 128
 HISTOGRAM_BLOCKS = 384  # of csrc/cuda/magnitude_select.cu
+MIN_CHUNK = 64  # of csrc/cuda/table.h
 THREADS, SEGMENT_WORDS, BUCKETS = 256, 32, 2048
 WARPS = THREADS // 32
 SUMMARY = 8  # columns of a summary
@@ -108,7 +109,7 @@ def live(outer: int, channels: int, inner: int, size: int) -> Case:
 def _histogram_atomics(weights: int) -> float:
     """Bytes of the sums that the blocks of one pass add to a histogram, if all buckets occur."""
     words = math.ceil(weights / 32)
-    chunk = max(64, math.ceil(words / HISTOGRAM_BLOCKS / 32) * 32)
+    chunk = max(MIN_CHUNK, math.ceil(words / HISTOGRAM_BLOCKS / 32) * 32)
     return 8 * math.ceil(words / chunk) * BUCKETS
 
 

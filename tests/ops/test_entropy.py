@@ -63,10 +63,11 @@ def test_equals_the_twin(case: tuple[list[Tensor], list[int]], device: torch.dev
     assert torch.equal(ours[0][:, integers], twin[0][:, integers])
 
 
-def test_opcheck() -> None:
-    ledgers = [new_ledger(RELU, 3), new_ledger(RELU6, 5)]
+def test_opcheck(device: torch.device) -> None:
+    ledgers = [new_ledger(RELU, 3, device), new_ledger(RELU6, 5, device)]
     for kind, ledger, channels in zip((RELU, RELU6), ledgers, (3, 5), strict=True):
-        rectify(call_of(kind, sample(7, channels).nan_to_num()), ledger, 1)  # NaN != NaN
+        x = sample(7, channels).nan_to_num().to(device)  # NaN != NaN
+        rectify(call_of(kind, x), ledger, 1)
     torch.library.opcheck(
         torch.ops.layer_collapse.layer_entropies.default,
         (ledgers, [RELU.code, RELU6.code]),

@@ -352,13 +352,14 @@ def test_masks_version_moves():
     assert words._version > version
 
 
-def test_opcheck():
-    weights = [torch.randn(40, requires_grad=True), torch.randn(3, 5).double()]
-    masks = [pack(torch.rand(w.shape) > 0.3) for w in weights]
+def test_opcheck(device):
+    weights = [torch.randn(40, device=device, requires_grad=True), torch.randn(3, 5).double()]
+    weights[1] = weights[1].to(device)
+    masks = [pack(torch.rand(w.shape) > 0.3).to(device) for w in weights]
     ops = torch.ops.layer_collapse
     torch.library.opcheck(ops.magnitude_shares.default, (weights, masks, 9))
-    prefix = torch.zeros(1, dtype=torch.int64)
+    prefix = torch.zeros(1, dtype=torch.int64, device=device)
     torch.library.opcheck(ops.magnitude_histogram.default, (weights, masks, prefix, 1, True))
     torch.library.opcheck(ops.magnitude_prune_.default, (weights, masks, [3, 2]))
-    counts = torch.tensor([3, 2])
+    counts = torch.tensor([3, 2], device=device)
     torch.library.opcheck(ops.magnitude_prune_.on_device, (weights, masks, counts))

@@ -200,10 +200,10 @@ def error(value, exact):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_half_error_is_at_most_twice_torchs(dtype, name):
+def test_half_error_is_at_most_twice_torchs(dtype, name, device):
     torch.manual_seed(0)
-    start = torch.randn(5000).to(dtype)
-    grads = [torch.randn(5000).to(dtype) for _ in range(5)]
+    start = torch.randn(5000).to(device, dtype)
+    grads = [torch.randn(5000).to(device, dtype) for _ in range(5)]
     make = {
         "sgd": lambda p: torch.optim.SGD([p], lr=0.1, momentum=0.9, weight_decay=0.01),
         "adamw": lambda p: torch.optim.AdamW([p], lr=0.1, weight_decay=0.01),
@@ -218,7 +218,7 @@ def test_half_error_is_at_most_twice_torchs(dtype, name):
         results.append(parameter.detach())
     exact, plain = results
     weight, state = start.clone(), [torch.zeros_like(start) for _ in range(2)]
-    none = torch.empty(0, dtype=torch.int32)
+    none = torch.empty(0, dtype=torch.int32, device=device)
     for step, grad in enumerate(grads):
         if name == "sgd":
             masked_sgd_(
@@ -232,7 +232,7 @@ def test_half_error_is_at_most_twice_torchs(dtype, name):
                 first_step=step == 0,
             )
         else:
-            steps = [torch.tensor(step + 1.0)]
+            steps = [torch.tensor(step + 1.0, device=device)]
             masked_adamw_(
                 [weight],
                 [grad],
@@ -249,10 +249,10 @@ def test_half_error_is_at_most_twice_torchs(dtype, name):
 
 @pytest.mark.parametrize("layout", ["channels_last", "transposed"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_mask_follows_logical_order(layout, dtype):
+def test_mask_follows_logical_order(layout, dtype, device):
     """A channels_last weight gives what a contiguous one with the same mask gives."""
     shape = (33, 20, 3, 3)
-    plain, grad, state, words = sgd_case(shape, dtype, 0.7)
+    plain, grad, state, words = sgd_case(shape, dtype, 0.7, device=device)
 
     def lay_out(tensor):
         if layout == "channels_last":
@@ -265,13 +265,13 @@ def test_mask_follows_logical_order(layout, dtype):
         kwargs = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
         masked_sgd_([plain], [grad], state[:1], [words], **kwargs)
         masked_sgd_([other], [grads], other_state[:1], [words], **kwargs)
-        steps = [torch.tensor(2.0)]
+        steps = [torch.tensor(2.0, device=device)]
         masked_adamw_([plain], [grad], *[[t] for t in state], [words], steps, lr=0.1)
         masked_adamw_([other], [grads], *[[t] for t in other_state], [words], steps, lr=0.1)
     torch.testing.assert_close(other, plain, rtol=0, atol=0)
     for ours, theirs in zip(other_state, state, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    garbage = lay_out(torch.full(shape, math.nan, dtype=dtype))
+    garbage = lay_out(torch.full(shape, math.nan, dtype=dtype, device=device))
     apply_masks_([garbage], [words])
     assert torch.equal(garbage.isnan(), unpack_reference(words, shape))
 
@@ -287,8 +287,8 @@ def test_apply_equals_twin(dtype, shape, device):
     assert torch.equal(tensor, twin)
 
 
-def test_grad_scale_and_found_inf():
-    weight, grad, (buffer, *_), words = sgd_case((100,), torch.float32, 0.5)
+def test_grad_scale_and_found_inf(device):
+    weight, grad, (buffer, *_), words = sgd_case((100,), torch.float32, 0.5, device=device)
     scaled, buffer_scaled = copies(weight, buffer)
     kwargs = {"lr": 0.1, "momentum": 0.9}
     masked_sgd_([weight], [grad], [buffer], [words], **kwargs)
@@ -297,14 +297,14 @@ def test_grad_scale_and_found_inf():
         [grad * 8],
         [buffer_scaled],
         [words],
-        grad_scale=torch.tensor(8.0),
-        found_inf=torch.tensor(0.0),
+        grad_scale=torch.tensor(8.0, device=device),
+        found_inf=torch.tensor(0.0, device=device),
         **kwargs,
     )
     assert torch.equal(weight, scaled)
     before = copies(weight, buffer)
     for found in (1.0, 2.0, math.nan):
-        found_inf = torch.tensor(found)
+        found_inf = torch.tensor(found, device=device)
         masked_sgd_([weight], [grad], [buffer], [words], found_inf=found_inf, **kwargs)
         assert torch.equal(weight, before[0])
         assert torch.equal(buffer, before[1])
@@ -347,16 +347,16 @@ def test_several_threads_equal_one():
 
 
 @pytest.mark.parametrize("op", ["sgd", "adamw", "apply"])
-def test_backward_notices_the_write(op):
-    weight = torch.randn(40, requires_grad=True)
+def test_backward_notices_the_write(op, device):
+    weight = torch.randn(40, device=device, requires_grad=True)
     loss = (weight**2).sum()
-    grad, state = torch.ones(40), torch.zeros(40)
-    words = random_mask((40,), 0.5)
+    grad, state = torch.ones(40, device=device), torch.zeros(40, device=device)
+    words = random_mask((40,), 0.5).to(device)
     with torch.no_grad():
         if op == "sgd":
             masked_sgd_([weight], [grad], [], [words], lr=0.1)
         elif op == "adamw":
-            steps = [torch.tensor(1.0)]
+            steps = [torch.tensor(1.0, device=device)]
             masked_adamw_([weight], [grad], [state], [state.clone()], [], [words], steps, lr=0.1)
         else:
             apply_masks_([weight], [words])
@@ -365,9 +365,10 @@ def test_backward_notices_the_write(op):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_opcheck(layout):
-    weight, grad, state, words = sgd_case((3, 5, 3, 3), torch.float32, 0.5, layout)
-    number = torch.tensor(1.0)
+def test_opcheck(layout, device):
+    case = sgd_case((3, 5, 3, 3), torch.float32, 0.5, layout, device=device)
+    weight, grad, state, words = case
+    number = torch.tensor(1.0, device=device)
     torch.library.opcheck(
         ops.masked_sgd_.default,
         (

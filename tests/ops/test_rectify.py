@@ -138,11 +138,11 @@ def test_output_and_counts_are_those_of_plain_torch(
     "layout", [name for name in LAYOUTS if "expand" not in name and name != "overlapping"]
 )
 @pytest.mark.parametrize("kind", INPLACE_KINDS, ids=lambda k: k.name)
-def test_in_place_is_the_same_and_returns_x(kind: Kind, layout: str) -> None:
+def test_in_place_is_the_same_and_returns_x(kind: Kind, layout: str, device: torch.device) -> None:
     make, channel_dim = LAYOUTS[layout]
     for dtype in DTYPES:
-        x, plain = make(dtype), make(dtype)
-        ledger, reference = (new_ledger(kind, x.shape[channel_dim]) for _ in range(2))
+        x, plain = (there(make(dtype), device) for _ in range(2))
+        ledger, reference = (new_ledger(kind, x.shape[channel_dim], device) for _ in range(2))
         y = rectify(call_of(kind, x, channel_dim, True), ledger, channel_dim)
         expected = rectify_reference(
             call_of(kind, plain, channel_dim, True), reference, channel_dim
@@ -153,16 +153,19 @@ def test_in_place_is_the_same_and_returns_x(kind: Kind, layout: str) -> None:
 
 
 @pytest.mark.parametrize("kind", INPLACE_KINDS, ids=lambda k: k.name)
-def test_in_place_touches_nothing_between_strided_elements(kind: Kind) -> None:
-    base = sample(4, 6)
+def test_in_place_touches_nothing_between_strided_elements(
+    kind: Kind, device: torch.device
+) -> None:
+    base = sample(4, 6).to(device)
     plain = base.clone()
     run(kind, base[:, ::2], 1, inplace=True)
     apply_torch(call_of(kind, plain[:, ::2], 1, True))
     assert_same_bits(base, plain)
 
 
-def test_in_place_on_expanded_memory_is_refused() -> None:
-    x, ledger = torch.randn(3, 1).expand(3, 4), new_ledger(KINDS["relu"], 4)
+def test_in_place_on_expanded_memory_is_refused(device: torch.device) -> None:
+    x = torch.randn(3, 1, device=device).expand(3, 4)
+    ledger = new_ledger(KINDS["relu"], 4, device)
     with pytest.raises(RuntimeError, match=r"must not be expanded \(dim 1 has stride 0\)"):
         rectify(Call(KINDS["relu"], x, inplace=True), ledger, 1)
     assert not ledger[POSITIONS:].any()
@@ -296,7 +299,7 @@ def gradients(
         assert call.weight is not None
         inputs.append(call.weight)
     y = apply(call)
-    seed = torch.linspace(-2, 3, y.numel(), dtype=y.dtype).view_as(y)
+    seed = torch.linspace(-2, 3, y.numel(), dtype=y.dtype, device=y.device).view_as(y)
     return y.detach(), list(torch.autograd.grad(y * 1.0, inputs, seed))
 
 
@@ -306,13 +309,16 @@ def gradients(
     [(kind, False) for kind in ALL_KINDS] + [(kind, True) for kind in INPLACE_KINDS],
     ids=lambda value: getattr(value, "name", "in place" if value is True else ""),
 )
-def test_gradients_have_torchs_bits(kind: Kind, dtype: torch.dtype, inplace: bool) -> None:
-    for x in (
+def test_gradients_have_torchs_bits(
+    kind: Kind, dtype: torch.dtype, inplace: bool, device: torch.device
+) -> None:
+    for on_cpu in (
         sample(5, 7, dtype=dtype),
         sample(3, 7, 4, 5, dtype=dtype),
         sample(3, 7, 4, 5, dtype=dtype).to(memory_format=torch.channels_last),
     ):
-        ledger = new_ledger(kind, 7)
+        x = there(on_cpu, device)
+        ledger = new_ledger(kind, 7, device)
         y, got = gradients(lambda call, to=ledger: rectify(call, to, 1), kind, x, inplace)
         expected_y, expected = gradients(apply_torch, kind, x, inplace)
         assert_same_bits(y, expected_y)
@@ -322,12 +328,13 @@ def test_gradients_have_torchs_bits(kind: Kind, dtype: torch.dtype, inplace: boo
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS, ids=lambda k: k.name)
-def test_gradcheck_twice(kind: Kind) -> None:
-    x = torch.tensor([[-4.0, -2.0, -0.4], [0.5, 2.0, 7.0]], dtype=torch.float64)
+def test_gradcheck_twice(kind: Kind, device: torch.device) -> None:
+    x = torch.tensor([[-4.0, -2.0, -0.4], [0.5, 2.0, 7.0]], dtype=torch.float64, device=device)
     x.requires_grad_()
-    ledger = new_ledger(kind, 3)
+    ledger = new_ledger(kind, 3, device)
     if kind.name == "prelu":
-        weight = torch.tensor([0.1, 0.2, -0.3], dtype=torch.float64, requires_grad=True)
+        weight = torch.tensor([0.1, 0.2, -0.3], dtype=torch.float64, device=device)
+        weight.requires_grad_()
 
         def prelu(x: Tensor, weight: Tensor) -> Tensor:
             return rectify(Call(kind, x, weight=weight), ledger, 1)
@@ -349,24 +356,24 @@ def test_gradcheck_twice(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("name", ["relu", "relu6", "leaky_relu", "silu", "hardswish"])
-def test_in_place_invalidates_what_was_saved_before(name: str) -> None:
-    x = torch.randn(3, 4, requires_grad=True)
+def test_in_place_invalidates_what_was_saved_before(name: str, device: torch.device) -> None:
+    x = torch.randn(3, 4, device=device, requires_grad=True)
     hidden = x.exp()  # saves its result, which is then changed
     y, _ = run(KINDS[name], hidden, 1, inplace=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
 
-def test_in_place_on_a_leaf_is_refused_as_in_torch() -> None:
-    x = torch.randn(3, 4, requires_grad=True)
+def test_in_place_on_a_leaf_is_refused_as_in_torch(device: torch.device) -> None:
+    x = torch.randn(3, 4, device=device, requires_grad=True)
     with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
         run(KINDS["relu"], x, 1, inplace=True)
 
 
-def test_in_place_on_a_view_reaches_its_base() -> None:
+def test_in_place_on_a_view_reaches_its_base(device: torch.device) -> None:
     grads = []
     for tracked in (True, False):
-        x = torch.linspace(-1, 1, 12).view(3, 4).requires_grad_()
+        x = torch.linspace(-1, 1, 12, device=device).view(3, 4).requires_grad_()
         base = x * 1.0
         if tracked:
             run(KINDS["relu"], base[:, :2], 1, inplace=True)
@@ -379,9 +386,9 @@ def test_in_place_on_a_view_reaches_its_base() -> None:
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS, ids=lambda k: k.name)
-def test_forward_mode_passes_tangents_and_counts(kind: Kind) -> None:
-    x, tangent = torch.randn(5, 3), torch.randn(5, 3)
-    ledger = new_ledger(kind, 3)
+def test_forward_mode_passes_tangents_and_counts(kind: Kind, device: torch.device) -> None:
+    x, tangent = (torch.randn(5, 3, device=device) for _ in range(2))
+    ledger = new_ledger(kind, 3, device)
     got = torch.func.jvp(lambda x: rectify(call_of(kind, x), ledger, 1), (x,), (tangent,))
     expected = torch.func.jvp(lambda x: apply_torch(call_of(kind, x)), (x,), (tangent,))
     for a, b in zip(got, expected, strict=True):

@@ -1,10 +1,10 @@
-"""Shapes at which the CPU loops change: short planes, tiles of columns and what is left over."""
+"""Shapes at which the loops change: short planes, tiles of columns and what is left over."""
 
 from __future__ import annotations
 
 import torch
 from helpers import INPLACE_KINDS, assert_same_bits, call_of, sample
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -17,7 +17,7 @@ WIDTHS = (1, 63, 64, 65, 129, 192, 256, 257, 320, 448, 512, 513, 576, 577, 640, 
 
 
 def check(kind: Kind, x: Tensor, inplace: bool) -> None:
-    ledger, reference = (new_ledger(kind, x.shape[1]) for _ in range(2))
+    ledger, reference = (new_ledger(kind, x.shape[1], x.device) for _ in range(2))
     plain = x.clone()
     expected = rectify_reference(call_of(kind, plain, 1, inplace), reference, 1)
     assert_same_bits(rectify(call_of(kind, x, 1, inplace), ledger, 1), expected)
@@ -35,7 +35,13 @@ def shapes(draw: st.DrawFn) -> tuple[int, ...]:
     return draw(st.integers(1, max(2, min(300, 60000 // (plane * channels))))), channels, plane
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    # the device is the same for all examples
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     shape=shapes(),
     kind=st.sampled_from(INPLACE_KINDS),
@@ -45,22 +51,29 @@ def shapes(draw: st.DrawFn) -> tuple[int, ...]:
     seed=st.integers(0, 9),
 )
 def test_any_shape(
-    shape: tuple[int, ...], kind: Kind, dtype: torch.dtype, inplace: bool, ordered: bool, seed: int
+    shape: tuple[int, ...],
+    kind: Kind,
+    dtype: torch.dtype,
+    inplace: bool,
+    ordered: bool,
+    seed: int,
+    device: torch.device,
 ) -> None:
     x = sample(*shape, dtype=dtype, seed=seed)
     if ordered:  # no NaN, but for one in some of the seeds
         x = torch.where(x.isnan(), torch.tensor(-0.0, dtype=dtype), x)
         if seed < 4:
             x.view(-1)[seed * x.numel() // 4] = float("nan") * (-1) ** seed
-    check(kind, x, inplace)
+    check(kind, x.to(device), inplace)
 
 
-def test_counters_of_a_byte_do_not_overflow() -> None:
+def test_counters_of_a_byte_do_not_overflow(device: torch.device) -> None:
     """Every row of a batch counts in the same place, in more rows than a byte holds."""
     for shape in ((1000, 64), (1000, 513), (300, 8, 7), (2, 2, 64 * 255 + 1)):
         for value in (7.0, -7.0, float("nan")):
             for kind in (KINDS["relu"], KINDS["relu6"]):
-                x, ledger = torch.full(shape, value), new_ledger(kind, shape[1])
+                x = torch.full(shape, value, device=device)
+                ledger = new_ledger(kind, shape[1], device)
                 rectify(call_of(kind, x), ledger, 1)
                 each = x.numel() // shape[1]
                 row = {7.0: 0, -7.0: 1}.get(value, 2)
