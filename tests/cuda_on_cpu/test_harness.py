@@ -40,7 +40,7 @@ def test_a_planted_bug_is_caught(bug: str) -> None:
     how, sentence = BUGS[bug]
     program = build.program(build.HERE / "planted.cpp", *FLAGS[how])
     # A race is seen when it happens; on a busy machine threads may follow one another by chance.
-    for _ in range(10 if how == "race" else 1):
+    for _ in range(10 if how == "thread" else 1):
         result = run(program, bug.split(",")[0])
         if result.returncode != 0:
             break
