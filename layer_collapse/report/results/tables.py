@@ -65,7 +65,8 @@ def _within(networks: dict[str, Any]) -> str:
         "## Most rectifiers gone within a point of the dense network\n\n"
         f"Mean number gone from the folded network, of the rows below whose mean test accuracy is "
         f"at most {_POINT:g} point under the dense network's, all trained for as many epochs; its "
-        "accuracy relative to dense. 0: no such row.\n\n" + table(("network", *arms), rows)
+        "accuracy relative to dense. 0: no such row; -: not run yet.\n\n"
+        + table(("network", *arms), rows)
     )
 
 
@@ -78,7 +79,7 @@ def _most(rows: list[dict[str, Any]], arm: str, dense: float) -> str:
     own = [row for row in rows if row["arm"] == arm and "off" in row]
     near = [row for row in own if row["test_accuracy"]["mean"] >= dense - _POINT]
     if not own:
-        return "n/a"
+        return "n/a" if any(row["arm"] == arm for row in rows) else "-"
     if not near:
         return "0"
     best = max(near, key=lambda row: row["off"]["mean"])
