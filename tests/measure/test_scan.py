@@ -286,7 +286,9 @@ def test_an_object_with_logits_and_ones_own_forward() -> None:
     report = scan(model, [(x, "a"), (x, "b")], x, forward=forward)
     assert seen == ["a", "b"]
     assert report.samples == 12
-    with pytest.raises(TypeError, match=r"something with \.logits \(got str\); wrap it in a module"):
+    with pytest.raises(
+        TypeError, match=r"something with \.logits \(got str\); wrap it in a module"
+    ):
         scan(model, [x], x, forward=lambda m, b: "logits")
     with pytest.raises(TypeError, match=r"got tuple"):
         scan(model, [x], x, forward=lambda m, b: ())
