@@ -81,6 +81,10 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     if exitstatus != pytest.ExitCode.OK:
         terminalreporter.write_line(f"{path} was not written: some case failed", red=True)
         return
-    rows = renewed(read_json(path)["rows"] if path.exists() else [], rows)
+    try:
+        rows = renewed(read_json(path)["rows"] if path.exists() else [], rows)
+    except ValueError as error:  # neither what was measured nor what is there may be lost
+        terminalreporter.write_line(str(error), red=True)
+        path = path.with_stem(f"{path.stem}-here")
     write_json(path, {"claims": verdicts(rows), "rows": rows})
     terminalreporter.write_line(f"written: {path}")

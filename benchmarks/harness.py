@@ -168,8 +168,8 @@ def renewed(
         if (row["device"], row["torch"]) != (rows[0]["device"], rows[0]["torch"]):
             raise ValueError(
                 f"{row['claim']} was measured on {row['device']}, torch {row['torch']}, and this "
-                f"is {rows[0]['device']}, torch {rows[0]['torch']}; measure every claim, or write "
-                "to another file"
+                f"is {rows[0]['device']}, torch {rows[0]['torch']}; these rows cannot "
+                "stand in one file"
             )
     order = list(CLAIMS)
     return sorted([*kept, *rows], key=lambda row: order.index(row["claim"]))

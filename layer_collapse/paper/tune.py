@@ -155,4 +155,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("docs/results/tuning.json"))
     parser.add_argument("--seeds", type=int, default=2, help="runs of each candidate")
     parser.add_argument("--jobs", type=int, default=2, help="processes, each of one thread")
-    main(**vars(parser.parse_args()))
+    arguments = parser.parse_args()
+    if min(arguments.seeds, arguments.jobs) < 1:
+        parser.error(f"expected 1 or more (got {arguments.seeds} seeds, {arguments.jobs} jobs)")
+    main(**vars(arguments))

@@ -100,20 +100,19 @@ def lowest(
     """
     base = loss(model)
 
-    def measured(way: Way) -> float:
+    def measure(way: Way) -> None:
         with way.momentarily(model):
             costs[way.rectifiers] = loss(model) - base
         if not math.isfinite(costs[way.rectifiers]):
             raise ValueError("the loss is not finite; the training has diverged")
-        return costs[way.rectifiers]
 
     bits = {way: _mean([entropies[n] for n in way.rectifiers if n in entropies]) for way in ways}
     if score == "random":
         best = chance.choice(list(ways))
-        measured(best)
+        measure(best)
     elif score == "entropy":
         best = min(ways, key=lambda way: bits[way])
-        measured(best)
+        measure(best)
     else:
 
         def key(way: Way) -> tuple[float, float]:
@@ -121,13 +120,13 @@ def lowest(
             # of those whose leaving costs nothing, the one that the loss gains most by
             return max(cost, 0.0) * (bits[way] if score == "loss x entropy" else 1.0), cost
 
-        known: list[Way] = []
+        measured: list[Way] = []
         for way in sorted(ways, key=key):
-            if known and min(map(key, known)) <= key(way):
+            if measured and min(map(key, measured)) <= key(way):
                 break
-            measured(way)
-            known.append(way)
-        best = min(known, key=key)
+            measure(way)
+            measured.append(way)
+        best = min(measured, key=key)
     cost = costs[best.rectifiers]
     growth = cost / abs(base) if base else math.copysign(math.inf, cost) if cost else 0.0
     return Choice(best, growth, f"{best.kind}, loss {cost:+.4f}, H = {bits[best]:.3f} bits")
