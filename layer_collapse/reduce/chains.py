@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import fx, nn
 
-from ..graph import BATCH_NORM, depth
+from ..graph import BATCH_NORM, depth, record_shapes
 from .gate import AffineGate, ConstantBias
 from .layers import CONV
 from .plan import Plan
@@ -78,7 +78,9 @@ def _times(
         )  # fmt: skip
 
     x = work.sample(entrance)
-    apart, trial = part(), Work(part(), [x], work.border)
+    apart, tried = part(), part()
+    record_shapes(tried, [x])
+    trial = Work(tried, work.border)
     fold_all(trial)
     merged = trial.finished()
     if depth(merged) != 1:

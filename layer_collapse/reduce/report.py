@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..graph import depth, rectifier_nodes
 from .gate import ConstantBias
+from .holdings import sharing_copy
 from .latency import Latency
 
 
@@ -89,11 +92,23 @@ def _macs(module: fx.GraphModule, inputs: list[Any]) -> int:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its kernels are not counted
     try:
-        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_ON_CPU) as counter:
-            module(*copy.deepcopy(inputs))
+        try:
+            shapes = FakeTensorMode(allow_non_fake_inputs=True)
+            counter = _counted(sharing_copy(module), inputs, shapes)
+        except Exception:  # modules that look at their values: they are run
+            counter = _counted(module, copy.deepcopy(inputs), nullcontext())
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops()) // 2
+
+
+def _counted(
+    module: fx.GraphModule, inputs: list[Any], fake: AbstractContextManager[Any]
+) -> FlopCounterMode:
+    counter = FlopCounterMode(display=False, custom_mapping=_ON_CPU)
+    with torch.no_grad(), fake, counter:
+        module(*inputs)
+    return counter
 
 
 def _what(fold: Fold) -> str:

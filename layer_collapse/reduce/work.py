@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils import parametrize
 
 from ..graph import call_counts, carries_data, shape_of, submodule
@@ -32,23 +31,13 @@ __all__ = ["BORDERS", "Plan", "Refused", "Work"]
 BORDERS = ("biasmap", "ring", "refuse")
 
 
-class _Values(ShapeProp):
-    """Notes every value that is not a tensor (sizes), for running parts of the graph alone."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if "tensor_meta" not in n.meta:
-            n.meta["fold_value"] = result
-        return result
-
-
 class Work:
     """A graph that plans are tried on.
 
     Args:
-        module: the graph to fold, in evaluation mode; it becomes the work's own, but for the memory
-            of its parameters, which is only read.
-        inputs: its placeholders' values, in order.
+        module: the graph to fold, in evaluation mode, shapes recorded
+            (:func:`layer_collapse.graph.record_shapes`); it becomes the work's own, but for the
+            memory of its parameters, which is only read.
         border: what to do where zero padding makes a fold inexact: "refuse", "biasmap" or "ring".
         stopwatch: times merges, which are refused where they are slower; None: all are made.
     """
@@ -56,7 +45,6 @@ class Work:
     def __init__(
         self,
         module: fx.GraphModule,
-        inputs: list[Any],
         border: str = "biasmap",
         stopwatch: Stopwatch | None = None,
     ) -> None:
@@ -68,8 +56,6 @@ class Work:
         self.paying: dict[str, tuple[float, float] | None] = {}
         self.chains: dict[tuple[str, ...], tuple[float, float] | None] = {}
         self._timed: dict[Any, tuple[float, float]] = {}
-        with torch.no_grad():
-            _Values(module).propagate(*inputs)
         held = tensors(module)
         self.dtypes = {name: t.dtype for name, t in held.items()}
         self.tied = tied(module)
@@ -145,11 +131,11 @@ class Work:
 
     def known(self, node: fx.Node) -> bool:
         """Whether a node is a size or another number that the data cannot change."""
-        return "fold_value" in node.meta and not carries_data(node)
+        return "plain_value" in node.meta and not carries_data(node)
 
     def sizes(self) -> dict[fx.Node, Any]:
         """Values of all nodes that depend on the input's shape alone."""
-        return {n: n.meta["fold_value"] for n in self.module.graph.nodes if self.known(n)}
+        return {n: n.meta["plain_value"] for n in self.module.graph.nodes if self.known(n)}
 
     def run(self, targets: list[fx.Node], values: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
         """Part of the graph as it is, see :func:`proof.run_region`."""
@@ -280,7 +266,7 @@ class Work:
         """The folded graph, every tensor in the dtype in which it is stored."""
         round_all(self.module, self.dtypes)
         for node in self.module.graph.nodes:
-            node.meta.pop("fold_value", None)
+            node.meta.pop("plain_value", None)
         self.module.graph.lint()
         self.module.recompile()
         return self.module

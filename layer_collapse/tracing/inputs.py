@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -61,7 +62,10 @@ def owner_path(node: fx.Node) -> str:
 
 
 class _Shapes(fx.Interpreter):
-    """torch's ShapeProp, but for the traceback that it prints where the model does not run."""
+    """torch's ShapeProp, but for the traceback that it prints where the model does not run.
+
+    Values without a tensor in them (sizes) are noted as they are.
+    """
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
@@ -74,17 +78,24 @@ class _Shapes(fx.Interpreter):
             return _extract_tensor_metadata(value)
 
         meta = map_aggregate(result, described)
+        n.meta.pop("plain_value", None)
         if tensors:
             n.meta["tensor_meta"] = meta
+        else:
+            n.meta["plain_value"] = result
         return result
 
 
-def record_shapes(module: fx.GraphModule, example_inputs: ExampleInputs) -> None:
-    """Run ``module`` once in evaluation mode and note every value's shape in the graph."""
-    ordered = ordered_inputs(module, example_inputs)
+def record_shapes(module: fx.GraphModule, example_inputs: ExampleInputs) -> Any:
+    """Run ``module`` once in evaluation mode and note every value's shape in the graph.
+
+    Returns:
+        What it gives for the example inputs, which it gets a copy of.
+    """
+    ordered = copy.deepcopy(ordered_inputs(module, example_inputs))
     try:
         with torch.no_grad(), training_mode(module, False):
-            _Shapes(module).run(*ordered)
+            return _Shapes(module).run(*ordered)
     except Exception as error:
         raise TraceError(
             f"the model does not run on the example inputs ({first_line(error)}); pass inputs of "

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from pool import Ranks
-from spread import assert_equal, data, mine, net, whole_masks, whole_weights
+from spread import assert_equal, data, net, whole_masks, whole_weights
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -19,18 +19,34 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from layer_collapse import MaskedAdamW, MaskedSGD, Masks
 from layer_collapse.sharding import full, is_sharded
 
 
-def _job(kind: str, sharded: bool = True) -> tuple[Any, Masks, Any]:
-    model: Any = net()
-    if sharded:
-        fully_shard(model.first)
-        fully_shard(model)
+def _job(kind: str, layout: str = "fsdp") -> tuple[Any, Masks, Any]:
+    """``layout``: "whole", "fsdp", "tensor" parallel, or "both" on 2 x 2 processes."""
+    tensor_parallel = layout in ("tensor", "both")
+    model: Any = net(hidden=12 if tensor_parallel else 13)
+    mesh = None
+    if tensor_parallel:
+        plan = {"first": ColwiseParallel(), "second": RowwiseParallel()}
+        rows = 2 if layout == "both" else 1
+        grid = (rows, dist.get_world_size() // rows)
+        meshes = init_device_mesh("cpu", grid, mesh_dim_names=("data", "tensor"))
+        parallelize_module(model, meshes["tensor"], plan)
+        mesh = meshes["data"]
+    if layout in ("fsdp", "both"):
+        fully_shard(model.first, mesh=mesh)
+        fully_shard(model, mesh=mesh)
     masks = Masks({n: p for n, p in model.named_parameters() if n != "stem.bias"})
     if kind == "sgd":
         return model, masks, MaskedSGD(model.parameters(), 0.1, 0.9, masks=masks)
@@ -38,9 +54,9 @@ def _job(kind: str, sharded: bool = True) -> tuple[Any, Masks, Any]:
 
 
 def _step(model: Any, optimizer: Any) -> None:
-    x, y = data(40)
+    x, y = data(40)  # all of it on every process, as tensor parallelism asks
     optimizer.zero_grad()
-    F.cross_entropy(model(mine(x)), mine(y)).backward()
+    F.cross_entropy(model(x), y).backward()
     optimizer.step()
 
 
@@ -54,9 +70,11 @@ def _everything(model: Any, masks: Masks, optimizer: Any) -> dict[str, Tensor]:
     return result
 
 
-def _save(folder: Path, kind: str, old: Path | None = None) -> dict[str, Tensor]:
+def _save(
+    folder: Path, kind: str, old: Path | None = None, layout: str = "fsdp"
+) -> dict[str, Tensor]:
     """Train, prune and save; from an older checkpoint if there is one."""
-    model, masks, optimizer = _job(kind)
+    model, masks, optimizer = _job(kind, layout)
     if old is None:
         _step(model, optimizer)
         masks.prune_(masks.shares(120))
@@ -97,6 +115,16 @@ def test_from_two_ranks_to_four_and_back(ranks: Ranks, tmp_path: Path, kind: str
         assert_equal(state, saved[0])
 
 
+@pytest.mark.parametrize("layout", ["tensor", "both"])
+def test_tensor_parallel_weights_and_masks(ranks: Ranks, tmp_path: Path, layout: str) -> None:
+    """Split along either dim, or along both meshes; "both" is on 4 processes alone."""
+    saved = ranks(2, _save, tmp_path / "two", "adamw", None, "tensor")
+    on_four = ranks(4, _save, tmp_path / "four", "adamw", tmp_path / "two", layout)
+    back = ranks(2, _save, tmp_path / "back", "adamw", tmp_path / "four", "tensor")
+    for state in (*saved, *on_four, *back):
+        assert_equal(state, saved[0])
+
+
 def _optimizer_brings_masks(folder: Path) -> None:
     """The optimiser's own state is enough: it holds the masks too."""
     model, masks, optimizer = _job("adamw")
@@ -133,7 +161,7 @@ def test_a_single_process_reads_the_masks_of_shards(ranks: Ranks, tmp_path: Path
 
 
 def _replicated(folder: Path, load: bool) -> dict[str, Tensor]:
-    model, masks, optimizer = _job("adamw", sharded=False)
+    model, masks, optimizer = _job("adamw", "whole")
     parallel = DistributedDataParallel(model)
     if load:
         _load_into(folder, model, masks, optimizer)

@@ -210,6 +210,11 @@ def test_loading_takes_twice_the_file(tmp_path: Path) -> None:
     loaded = lc.load_folded(path)
     assert loaded.get_parameter("0.weight").is_contiguous(memory_format=torch.channels_last)
     assert 1024 * (kilobytes("VmHWM") - before) < 2.1 * size + (8 << 20)
+    del loaded
+    before = start_peak()
+    tensors, _ = checkpoint.load(path)
+    assert sum(tensor.nbytes for tensor in tensors.values()) > 60 << 20
+    assert 1024 * (kilobytes("VmHWM") - before) < 2.1 * size + (8 << 20)
 
 
 def _write(path: Path, data: bytes) -> Path:

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from layer_collapse.reduce.fold import fold
 from layer_collapse.reduce.gate import AffineGate
 from layer_collapse.reduce.latency import compare, in_turns
+from layer_collapse.reduce.report import size_of
 
 from . import models
 
@@ -139,6 +140,34 @@ def test_macs_of_torchs_own_attention() -> None:
 
     report = fold(Attention(), torch.randn(2, 5, 8)).report
     assert report.before.macs == 10 * 4 * 64 + 2 * 10 * 5 * 8
+
+
+class _Looks(nn.Module):
+    """Cannot be followed by shapes alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.seen = nn.Linear(4, 4, bias=False), torch.zeros(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x
+        return self.inner(x) if x.sum() > 0 else x
+
+
+class _Keeps(_Looks):
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x
+        return self.inner(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", [_Looks, _Keeps])
+def test_macs_of_a_module_that_is_called_as_a_whole(kind: type[_Looks]) -> None:
+    graph, inner = fx.Graph(), kind()
+    graph.output(graph.call_module("inner", (graph.placeholder("x"),)))
+    module = fx.GraphModule(nn.ModuleDict({"inner": inner}), graph)
+    x = torch.ones(3, 4)
+    assert size_of(module, [x]).macs == 3 * 4 * 4
+    assert type(module.inner.seen) is Tensor  # never a tensor without values
 
 
 def by_macs(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[float, float]:

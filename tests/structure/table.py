@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from layer_collapse import fold
 from layer_collapse.graph import ordered_inputs
@@ -58,14 +57,6 @@ _COLUMNS = (
 )
 
 
-def _macs(model: nn.Module, example: Tensor | dict[str, Tensor]) -> float:
-    counter = FlopCounterMode(display=False)
-    with counter:
-        call(model, example)
-    batch = next(iter(example.values())) if isinstance(example, dict) else example
-    return counter.get_total_flops() / 2 / len(batch)
-
-
 class _Call(nn.Module):
     """A graph on fixed inputs, for timing: the first input is the one that is given."""
 
@@ -98,7 +89,7 @@ def row(name: str, full: bool, batch: int) -> list[str]:
         f"{before.rectifiers + len(modes)}, {len(modes)}, {after.rectifiers}",
         f"{before.depth} -> {after.depth}",
         f"{before.parameters / 1e6:.2f} -> {after.parameters / 1e6:.2f}",
-        f"{_macs(gated, example) / 1e9:.3f} -> {_macs(result.model, example) / 1e9:.3f}",
+        f"{before.macs / batch / 1e9:.3f} -> {after.macs / batch / 1e9:.3f}",
         f"{latency.before:.1f} -> {latency.after:.1f}",
         f"{os.getloadavg()[0]:.0f}",
         f"{max(error, result.report.max_rel):.1e}",

@@ -47,7 +47,7 @@ def _propagate(work: Work) -> dict[fx.Node, Constant]:
         if node.op in ("placeholder", "output"):
             continue
         if work.known(node):
-            found[node] = Constant(node.meta["fold_value"])
+            found[node] = Constant(node.meta["plain_value"])
         elif node.op == "get_attr":
             found[node] = Constant(attribute(work.module, str(node.target)))  # as it is stored
         elif work.hooked(node):
