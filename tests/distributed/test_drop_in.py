@@ -22,6 +22,7 @@ from layer_collapse.sharding import full
 
 KINDS = ["ddp", "fsdp"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
+worlds = pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 
 
 def _spread(kind: str, model: nn.Module, **options: Any) -> Any:
@@ -95,13 +96,14 @@ def _autocast(kind: str, name: str, dtype: torch.dtype) -> None:
     assert _positions(tracker) == {5 * 40}
 
 
+@worlds
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", [pytest.param("sgd", marks=pytest.mark.slow), "adamw", "kept"])
 @every_kind
 def test_autocast_and_steps_that_overflow(
-    ranks: Ranks, kind: str, name: str, dtype: torch.dtype
+    ranks: Ranks, world: int, kind: str, name: str, dtype: torch.dtype
 ) -> None:
-    ranks(2, _autocast, kind, name, dtype)
+    ranks(world, _autocast, kind, name, dtype)
 
 
 def _half(kind: str, name: str) -> None:
@@ -127,10 +129,13 @@ def _half(kind: str, name: str) -> None:
         assert _positions(tracker) == {3 * 40}
 
 
+@worlds
 @pytest.mark.parametrize("name", ["sgd", "adamw", "kept"])
 @every_kind
-def test_bfloat16_parameters_and_master_weights(ranks: Ranks, kind: str, name: str) -> None:
-    ranks(2, _half, kind, name)
+def test_bfloat16_parameters_and_master_weights(
+    ranks: Ranks, world: int, kind: str, name: str
+) -> None:
+    ranks(world, _half, kind, name)
 
 
 # ---- torch.compile
@@ -163,10 +168,11 @@ def _compiled_step(kind: str, name: str) -> None:
         torch.testing.assert_close(results[1][key], value)
 
 
+@worlds
 @pytest.mark.parametrize("name", [pytest.param("sgd", marks=pytest.mark.slow), "adamw"])
 @every_kind
-def test_compiled_steps(ranks: Ranks, kind: str, name: str) -> None:
-    ranks(2, _compiled_step, kind, name)
+def test_compiled_steps(ranks: Ranks, world: int, kind: str, name: str) -> None:
+    ranks(world, _compiled_step, kind, name)
 
 
 def _compiled_forward(kind: str, inside: bool) -> None:
@@ -204,10 +210,11 @@ def _compiled_forward(kind: str, inside: bool) -> None:
     assert results[0][1] == pytest.approx(results[1][1], abs=0.02)
 
 
+@worlds
 @pytest.mark.parametrize("inside", [True, False])
 @every_kind
-def test_compiled_forwards(ranks: Ranks, kind: str, inside: bool) -> None:
-    ranks(2, _compiled_forward, kind, inside)
+def test_compiled_forwards(ranks: Ranks, world: int, kind: str, inside: bool) -> None:
+    ranks(world, _compiled_forward, kind, inside)
 
 
 # ---- activation checkpointing, transforms, copies
@@ -254,14 +261,15 @@ def _replays(kind: str, use_reentrant: bool, compiled: bool) -> None:
         torch.testing.assert_close(weights[1][key], value)
 
 
+@worlds
 @pytest.mark.parametrize(
     ("use_reentrant", "compiled"), [(True, False), (True, True), (False, False), (False, True)]
 )
 @every_kind
 def test_checkpointing_counts_once(
-    ranks: Ranks, kind: str, use_reentrant: bool, compiled: bool
+    ranks: Ranks, world: int, kind: str, use_reentrant: bool, compiled: bool
 ) -> None:
-    ranks(2, _replays, kind, use_reentrant, compiled)
+    ranks(world, _replays, kind, use_reentrant, compiled)
 
 
 def _transforms() -> None:
@@ -282,8 +290,9 @@ def _transforms() -> None:
         torch.func.vmap(model.module)(mine(x))
 
 
-def test_transforms_of_the_module_inside(ranks: Ranks) -> None:
-    ranks(2, _transforms)
+@worlds
+def test_transforms_of_the_module_inside(ranks: Ranks, world: int) -> None:
+    ranks(world, _transforms)
 
 
 def _copies(kind: str) -> None:
@@ -368,10 +377,12 @@ def _all(values: Tensor) -> Tensor:
     return values
 
 
-def test_averages_of_shards(ranks: Ranks) -> None:
-    ranks(2, _averages_of_shards)
+@worlds
+def test_averages_of_shards(ranks: Ranks, world: int) -> None:
+    ranks(world, _averages_of_shards)
 
 
+@worlds
 @every_kind
-def test_copies_and_plain_checkpoints(ranks: Ranks, kind: str) -> None:
-    ranks(2, _copies, kind)
+def test_copies_and_plain_checkpoints(ranks: Ranks, world: int, kind: str) -> None:
+    ranks(world, _copies, kind)

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -38,7 +39,9 @@ def _job(kind: str, layout: str = "fsdp") -> tuple[Any, Masks, Any]:
     model: Any = net(hidden=12 if tensor_parallel else 13)
     mesh = None
     if tensor_parallel:
+        uneven = RowwiseParallel(input_layouts=Replicate())  # 6 and 9 columns
         plan = {"first": ColwiseParallel(), "second": RowwiseParallel()}
+        plan |= {"stem": uneven, "head": uneven}
         rows = 2 if layout == "both" else 1
         grid = (rows, dist.get_world_size() // rows)
         meshes = init_device_mesh("cpu", grid, mesh_dim_names=("data", "tensor"))
