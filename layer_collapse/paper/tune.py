@@ -2,7 +2,8 @@
 
 ``python -m layer_collapse.paper.tune`` trains every candidate on one small network per family and
 looks at validation splits only. Chosen is, of the candidates whose mean accuracy is within a point
-of the best, the one whose folded network has the fewest multiply-adds.
+of the best, the one whose folded network has the fewest multiply-adds. With ``--distillation`` the
+chosen settings are trained on a dense network's answers as well, to see whether that helps.
 """
 
 from __future__ import annotations
@@ -13,26 +14,31 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.nn.functional import one_hot
 
 from .. import models
 from ..files import write_json
 from ..models.encoder import minilm
 from ..removal.continuous import Continuous
-from ..removal.settings import DROP, Settings
-from .loops import TrainingLoop
+from ..removal.settings import DROP, FAMILIES, Settings
+from ..training import logits
+from .controls import train_dense
+from .loops import Part, TrainingLoop
 from .measure import measure
 from .networks import NETWORKS
 
-__all__ = ["CANDIDATES", "DEVELOPMENT", "Development", "chosen", "tried"]
+__all__ = ["CANDIDATES", "DEVELOPMENT", "Development", "chosen", "distilled", "tried"]
 
 _WITHIN = 1.0  # points of accuracy
+_TEACHER = 0.5  # its weight in the targets; the labels have the rest
+_STUDIES = Path("docs/results/tuning.json"), Path("docs/results/distillation.json")
 
 
 def _short_encoder() -> nn.Module:
@@ -85,13 +91,35 @@ CANDIDATES = (
 )
 
 
-def tried(family: str, settings: Settings, seed: int) -> dict[str, Any]:
-    """Train one candidate: its settings, validation accuracy (%) and multiply-adds of a sample."""
+def distilled(
+    part: Part, build: Callable[[], nn.Module], loop: TrainingLoop, epochs: float
+) -> Part:
+    """``part`` with targets [N, classes], half the labels and half what a network, trained on the
+    labels for ``epochs``, answers: the cross-entropy then is that of distillation at temperature 1.
+    """
+    torch.manual_seed(loop.seed)
+    teacher = build()
+    train_dense(teacher, loop, epochs)
+    answers = logits(teacher, loop.batches()).softmax(1)
+    labels = one_hot(part.y, answers.shape[1])
+    return Part(part.x, torch.lerp(labels.to(answers.dtype), answers, _TEACHER))
+
+
+def tried(family: str, settings: Settings, seed: int, distillation: bool = False) -> dict[str, Any]:
+    """Train one candidate: its settings, validation accuracy (%) and multiply-adds of a sample.
+
+    Args:
+        distillation: train on :func:`distilled` targets, of a dense network with as many epochs.
+    """
     torch.set_num_threads(1)
     network = DEVELOPMENT[family]
     like = NETWORKS[network.like]
     task = like.task()
-    loop = TrainingLoop(task.training, task.validation, like.recipe, seed)
+    training = task.training
+    if distillation:
+        teaching = TrainingLoop(training, task.validation, like.recipe, seed)
+        training = distilled(training, network.build, teaching, network.epochs)
+    loop = TrainingLoop(training, task.validation, like.recipe, seed)
     torch.manual_seed(seed)
     outcome = Continuous(settings).run(network.build(), loop, network.epochs, network.remove)
     found = measure(outcome, loop, task.validation, latency_batches=())  # not the test split
@@ -99,6 +127,7 @@ def tried(family: str, settings: Settings, seed: int) -> dict[str, Any]:
         "family": family,
         "settings": asdict(settings),
         "seed": seed,
+        "distillation": distillation,
         "validation_accuracy": found.get("validation_accuracy", 0.0),  # cut: no better than chance
         "macs": found["after"]["macs"] if "after" in found else 0,
         "removed": len(outcome.removed),
@@ -124,11 +153,38 @@ def chosen(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, A
     return min(near, key=lambda m: m["macs"])["settings"], means
 
 
-def main(out: Path, seeds: int, jobs: int) -> None:
-    """Try every candidate on every family's network; print and write what came of it."""
-    cases = [(f, c, s) for f, c, s in product(DEVELOPMENT, CANDIDATES, range(seeds))]
+def _all_tried(cases: list[tuple[Any, ...]], jobs: int) -> list[dict[str, Any]]:
     with ProcessPoolExecutor(jobs) as pool:
-        rows = list(pool.map(tried, *zip(*cases, strict=True)))
+        return list(pool.map(tried, *zip(*cases, strict=True)))
+
+
+def study_distillation(out: Path, seeds: int, jobs: int) -> None:
+    """Train each family's settings with and without distillation; print and write the outcome."""
+    rows = _all_tried(
+        [(f, FAMILIES[f], s, d) for f, s, d in product(DEVELOPMENT, range(seeds), (False, True))],
+        jobs,
+    )
+    table = Table("family", "labels (%)", "labels and dense network (%)", title="validation split")
+    for family in DEVELOPMENT:
+        found = [
+            [
+                row["validation_accuracy"]
+                for row in rows
+                if row["family"] == family and row["distillation"] == distillation
+            ]
+            for distillation in (False, True)
+        ]
+        spread = [f" ± {stdev(one):.1f}" if len(one) > 1 else "" for one in found]
+        table.add_row(
+            family, *(f"{mean(one):.1f}{s}" for one, s in zip(found, spread, strict=True))
+        )
+    Console(width=110).print(table)
+    write_json(out, {"teacher": _TEACHER, "runs": rows})
+
+
+def choose_settings(out: Path, seeds: int, jobs: int) -> None:
+    """Try every candidate on every family's network; print and write what came of it."""
+    rows = _all_tried(list(product(DEVELOPMENT, CANDIDATES, range(seeds))), jobs)
     console, document = Console(width=110), {}
     for family in DEVELOPMENT:
         best, means = chosen([row for row in rows if row["family"] == family])
@@ -152,10 +208,13 @@ def main(out: Path, seeds: int, jobs: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("docs/results/tuning.json"))
+    parser.add_argument("--distillation", action="store_true", help="study this instead")
+    parser.add_argument("--out", type=Path, help="default: in docs/results")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each candidate")
     parser.add_argument("--jobs", type=int, default=2, help="processes, each of one thread")
     arguments = parser.parse_args()
     if min(arguments.seeds, arguments.jobs) < 1:
         parser.error(f"expected 1 or more (got {arguments.seeds} seeds, {arguments.jobs} jobs)")
-    main(**vars(arguments))
+    study = study_distillation if arguments.distillation else choose_settings
+    file = arguments.out or _STUDIES[arguments.distillation]
+    study(file, arguments.seeds, arguments.jobs)
