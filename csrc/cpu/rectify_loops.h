@@ -186,8 +186,15 @@ LC_INLINE bool rectify_tile(const float* x, float* y, int64_t width, int64_t row
 
 // How many of the blocks that are left make the next tile: not so that a single one remains among
 // others, which would be slow. Four counters of eight blocks would not fit the registers.
-constexpr int64_t next_tile(int64_t left, bool wide) {
+constexpr int64_t next_tile(int64_t left, [[maybe_unused]] int64_t blocks,
+                            [[maybe_unused]] bool wide) {
+#if defined(LC_AVX512)
   if (wide && left >= 8 && left != 9) return 8;
+#else
+  // Half the registers, of half the size: the counters of two blocks stay in them. More only where
+  // a tile is whole rows, which come from memory faster.
+  if (blocks > 4) return left == 3 ? 3 : std::min<int64_t>(left, 2);
+#endif
   if (left >= 4 && left != 5) return 4;
   return std::min<int64_t>(left, 3);
 }
@@ -200,7 +207,7 @@ LC_INLINE bool rectify_tiles(const float* x, float* y, int64_t width, int64_t ro
   bool any_nan = false;
   for (int64_t block = 0; block < blocks;) {
     const int64_t left = blocks - block, c = block * kBlock;
-    const int64_t tile = next_tile(left, kAhead && SignTally<Rectifier>::kRows == 3);
+    const int64_t tile = next_tile(left, blocks, kAhead && SignTally<Rectifier>::kRows == 3);
     const int64_t last = std::min(kBlock, width - c - (tile - 1) * kBlock);
     const auto run = [&]<int kTile>(std::integral_constant<int, kTile>) {
       return rectify_tile<kTile, kAhead, Rectifier>(x + c, y + c, width, rows, last, bytes + c,

@@ -17,6 +17,7 @@
 namespace layer_collapse {
 namespace LC_MACHINE {
 
+// load, store  of lanes that lie anywhere
 // max, min     of lanes
 // narrow32     the int32 lanes of a, then b, as int16; narrow16: int16 as int8. Both saturate, and
 //              go through the registers in parts of 16 bytes: first part of a, first part of b, ...
@@ -27,6 +28,8 @@ namespace LC_MACHINE {
 struct Register {
   using Floats = __m512;
   using Bits = __m512i;
+  static LC_INLINE Floats load(const float* x) { return _mm512_loadu_ps(x); }
+  static LC_INLINE void store(float* y, Floats v) { _mm512_storeu_ps(y, v); }
   static LC_INLINE Floats max(Floats a, Floats b) { return _mm512_maskz_max_ps(0xFFFF, a, b); }
   static LC_INLINE Floats min(Floats a, Floats b) { return _mm512_maskz_min_ps(0xFFFF, a, b); }
   static LC_INLINE Bits narrow32(Bits a, Bits b) { return _mm512_packs_epi32(a, b); }
@@ -37,6 +40,8 @@ struct Register {
 struct Register {
   using Floats = __m256;
   using Bits = __m256i;
+  static LC_INLINE Floats load(const float* x) { return _mm256_loadu_ps(x); }
+  static LC_INLINE void store(float* y, Floats v) { _mm256_storeu_ps(y, v); }
   static LC_INLINE Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
   static LC_INLINE Floats min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
   static LC_INLINE Bits narrow32(Bits a, Bits b) { return _mm256_packs_epi32(a, b); }
@@ -50,6 +55,8 @@ struct Register {
 struct Register {
   using Floats = __m128;
   using Bits = __m128i;
+  static LC_INLINE Floats load(const float* x) { return _mm_loadu_ps(x); }
+  static LC_INLINE void store(float* y, Floats v) { _mm_storeu_ps(y, v); }
   static LC_INLINE Floats max(Floats a, Floats b) { return _mm_max_ps(a, b); }
   static LC_INLINE Floats min(Floats a, Floats b) { return _mm_min_ps(a, b); }
   static LC_INLINE Bits narrow32(Bits a, Bits b) { return _mm_packs_epi32(a, b); }
@@ -61,6 +68,12 @@ struct Register {
 struct Register {
   typedef float Floats __attribute__((vector_size(16)));
   typedef int64_t Bits __attribute__((vector_size(16)));
+  static LC_INLINE Floats load(const float* x) {
+    Floats v;
+    std::memcpy(&v, x, sizeof(v));
+    return v;
+  }
+  static LC_INLINE void store(float* y, Floats v) { std::memcpy(y, &v, sizeof(v)); }
   static LC_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
   static LC_INLINE Floats min(Floats a, Floats b) { return a < b ? a : b; }
   static LC_INLINE Bits narrow32(Bits a, Bits b) { return narrow<int32_t, int16_t>(a, b); }

@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
 #include "cpu/lanes.h"
 #include "cpu/rectifiers.h"
@@ -18,54 +20,50 @@
 namespace layer_collapse {
 namespace LC_MACHINE {
 
-using Floats = Lanes<float>::Values;
+using Floats = Register::Floats;
 using SignBytes = Vector<int8_t>;
 inline constexpr int kGroup = 64;  // floats whose signs fill SignBytes
-inline constexpr int kRegisters = 64 / static_cast<int>(sizeof(Register::Floats));
+inline constexpr int kFloats = static_cast<int>(sizeof(Floats) / sizeof(float));
+inline constexpr int kRegisters = kGroup / (4 * kFloats);  // of SignBytes
 
 template <typename Rectifier, typename T>
 inline constexpr bool kBySign = std::is_same_v<T, float> && Rectifier::kOnSign;
 
-using Group = Floats[4];
+using Group = Floats[4];  // whose signs fill a register
+
+LC_INLINE void load_group(Group& v, const float* x) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) v[i] = Register::load(x + i * kFloats);
+}
 
 // Zero where v < 0, v itself elsewhere: also -0.0 and NaN, as in torch.relu.
-LC_INLINE Floats at_least_zero(Floats v) {
-  return each_part(v,
-                   [](Register::Floats part) { return Register::max(Register::Floats{}, part); });
-}
+LC_INLINE Floats at_least_zero(Floats v) { return Register::max(Floats{}, v); }
 
 // 6 where v > 6, v itself elsewhere.
-LC_INLINE Floats at_most_six(Floats v) {
-  return each_part(
-      v, [](Register::Floats part) { return Register::min(Register::Floats{} + 6, part); });
+LC_INLINE Floats at_most_six(Floats v) { return Register::min(Floats{} + 6, v); }
+
+// Register r of SignBytes, or a counter for all of them.
+template <typename Counter>
+LC_INLINE auto& register_of(Counter& counter, [[maybe_unused]] int r) {
+#if defined(LC_AVX512)
+  return counter;
+#else
+  return counter.part[r];
+#endif
 }
+using SignRegister = std::remove_reference_t<decltype(register_of(std::declval<SignBytes&>(), 0))>;
 
 // A byte per float: positive, zero or negative like it, but for -0.0, which is negative.
-// Not in the order of the floats: column c of the group is byte place_of(c).
-LC_INLINE SignBytes signs_of(const Group& v) {
-  const auto narrowed = [](auto a, auto b, auto c, auto d) __attribute__((always_inline)) {
-    return Register::narrow16(Register::narrow32((Register::Bits)a, (Register::Bits)b),
-                              Register::narrow32((Register::Bits)c, (Register::Bits)d));
-  };
-#if defined(LC_AVX512)
-  return (SignBytes)narrowed(v[0], v[1], v[2], v[3]);
-#else
-  constexpr int kOf = Vector<float>::kParts;
-  SignBytes bytes;
-  for (int r = 0; r < kRegisters; ++r) {
-    const auto of = [&](int i) __attribute__((always_inline)) {
-      return v[(4 * r + i) / kOf].part[(4 * r + i) % kOf];
-    };
-    bytes.part[r] = (SignBytes::Part)narrowed(of(0), of(1), of(2), of(3));
-  }
-  return bytes;
-#endif
+// Not in the order of the floats: column c of all registers is byte place_of(c).
+LC_INLINE SignRegister signs_of(const Group& v) {
+  return (SignRegister)Register::narrow16(
+      Register::narrow32((Register::Bits)v[0], (Register::Bits)v[1]),
+      Register::narrow32((Register::Bits)v[2], (Register::Bits)v[3]));
 }
 
 // Four bytes stay together. Register i of four leaves its part p of four floats in part p of the
 // bytes, as the i-th of four.
 constexpr int place_of(int column) {
-  constexpr int kFloats = kGroup / 4 / kRegisters;  // of a register
   const int in_four = column % (4 * kFloats), i = in_four / kFloats, part = in_four % kFloats / 4;
   return column - in_four + 16 * part + 4 * i + column % 4;
 }
@@ -86,10 +84,10 @@ LC_INLINE SignBytes in_column_order(SignBytes bytes) {
 #if defined(LC_AVX512)
 inline constexpr int64_t kFewGroups = 1;
 
-LC_INLINE __mmask64 is_positive(SignBytes signs) {
+LC_INLINE __mmask64 is_positive(SignRegister signs) {
   return _mm512_cmpgt_epi8_mask((__m512i)signs, _mm512_setzero_si512());
 }
-LC_INLINE __mmask64 is_negative(SignBytes signs) { return _mm512_movepi8_mask((__m512i)signs); }
+LC_INLINE __mmask64 is_negative(SignRegister signs) { return _mm512_movepi8_mask((__m512i)signs); }
 
 LC_INLINE void count(SignBytes& counter, __mmask64 holds) {
   const auto counted = (__m512i)counter;
@@ -99,10 +97,10 @@ LC_INLINE void count(int64_t& counter, __mmask64 holds) { counter += __builtin_p
 #else
 inline constexpr int64_t kFewGroups = 0;
 
-LC_INLINE SignBytes is_positive(SignBytes signs) { return signs > 0; }
-LC_INLINE SignBytes is_negative(SignBytes signs) { return signs < 0; }
+LC_INLINE SignRegister is_positive(SignRegister signs) { return signs > 0; }
+LC_INLINE SignRegister is_negative(SignRegister signs) { return signs < 0; }
 
-LC_INLINE void count(SignBytes& counter, SignBytes holds) { counter -= holds; }
+LC_INLINE void count(SignRegister& counter, SignRegister holds) { counter -= holds; }
 #endif
 
 // Of the 8 bytes of every 64-bit lane.
@@ -126,24 +124,19 @@ class NanWatch {
  private:
   __mmask16 first_ = 0xFFFF, second_ = 0xFFFF;
 #else
-  using NanMask = Lanes<float>::Mask;
   LC_INLINE void see(const Group& v) {
     // Two registers by one comparison.
-    for (int r = 0; r < Floats::kParts; ++r) {
-      const auto first = Register::unordered(v[0].part[r], v[1].part[r]);
-      const auto second = Register::unordered(v[2].part[r], v[3].part[r]);
-      unordered_.part[r] |= (NanMask::Part)first | (NanMask::Part)second;
-    }
+    unordered_ |= (Bits)Register::unordered(v[0], v[1]) | (Bits)Register::unordered(v[2], v[3]);
   }
   LC_INLINE bool saw_nan() const {
-    int64_t pairs[8], any = 0;
-    store(pairs, unordered_);
-    for (int64_t pair : pairs) any |= pair;
+    int64_t any = 0;
+    for (size_t i = 0; i < sizeof(Bits) / sizeof(int64_t); ++i) any |= unordered_[i];
     return any != 0;
   }
 
  private:
-  NanMask unordered_{};
+  typedef int64_t Bits __attribute__((vector_size(sizeof(Floats))));
+  Bits unordered_{};
 #endif
 };
 
@@ -156,23 +149,27 @@ struct SignTally {
 
   // The next 64 floats: x into y, which may be x.
   LC_INLINE void add(const float* x, float* y, NanWatch& watch) {
-    Group v, out;
-    // All loads before all stores: the compiler must not assume that they differ.
-    for (int i = 0; i < 4; ++i) v[i] = load<Floats>(x + i * kLanes<float>);
-    for (int i = 0; i < 4; ++i) out[i] = at_least_zero(v[i]);
-    if constexpr (Rectifier::kind == Kind::relu6) {
-      for (Floats& lanes : out) lanes = at_most_six(lanes);
-      count(rows[kPositive], is_positive(signs_of(out)));
-      for (int i = 0; i < 4; ++i) v[i] -= out[i];  // what was cut off
-    } else {
-      for (Floats& lanes : v) lanes += Floats{};  // makes -0.0 to 0.0
-    }
-    watch.see(v);
-    const SignBytes signs = signs_of(v);
-    count(rows[Rectifier::kind == Kind::relu6 ? kExtra : kPositive], is_positive(signs));
-    count(rows[kNegative], is_negative(signs));
-    if constexpr (kWrites<Rectifier>) {
-      for (int i = 0; i < 4; ++i) store(y + i * kLanes<float>, out[i]);
+    // Stored as soon as may be: what waits for all 64 would not fit the registers.
+#pragma GCC unroll 4
+    for (int r = 0; r < kRegisters; ++r, x += 4 * kFloats, y += 4 * kFloats) {
+      Group v, out;
+      load_group(v, x);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        out[i] = at_least_zero(v[i]);
+        if constexpr (Rectifier::kind == Kind::relu6) out[i] = at_most_six(out[i]);
+        if constexpr (kWrites<Rectifier>) Register::store(y + i * kFloats, out[i]);
+        // What was cut off; or the number itself, with 0.0 in the place of -0.0.
+        v[i] = Rectifier::kind == Kind::relu6 ? v[i] - out[i] : v[i] + Floats{};
+      }
+      if constexpr (Rectifier::kind == Kind::relu6) {
+        count(register_of(rows[kPositive], r), is_positive(signs_of(out)));
+      }
+      watch.see(v);
+      const SignRegister signs = signs_of(v);
+      constexpr int kAbove = Rectifier::kind == Kind::relu6 ? kExtra : kPositive;
+      count(register_of(rows[kAbove], r), is_positive(signs));
+      count(register_of(rows[kNegative], r), is_negative(signs));
     }
   }
 
@@ -225,9 +222,11 @@ void find_nan(const float* floats, int64_t n, const Found& found) {
     const int64_t end = std::min(n, first + kGroup);
     if (end - first == kGroup) {
       Group v;
-      for (int i = 0; i < 4; ++i) v[i] = load<Floats>(floats + first + i * kLanes<float>);
       NanWatch watch;
-      watch.see(v);
+      for (int r = 0; r < kRegisters; ++r) {
+        load_group(v, floats + first + 4 * r * kFloats);
+        watch.see(v);
+      }
       if (!watch.saw_nan()) continue;
     }
     for (int64_t i = first; i < end; ++i) {
