@@ -16,8 +16,8 @@ using Wide = std::conditional_t<std::is_same_v<V, double>, Doubles, Floats>;
 template <typename V>
 using Flags = decltype(Wide<V>{} < Wide<V>{});
 
-// What the compiler does not find in AVX-512 by itself: a fused product and sum, a counter that a
-// mask steps, and a maximum that is `z < 0 ? 0 : z` also for NaN and -0.0.
+// What the compiler does not find by itself: a fused product and sum, a counter that a mask of
+// AVX-512 steps, and a maximum that is `z < 0 ? 0 : z` also for NaN and -0.0.
 template <typename W>
 LC_INLINE void multiply_add(const W& a, const W& b, const W& c, W& sum) {
 #ifdef LC_AVX512
@@ -25,6 +25,14 @@ LC_INLINE void multiply_add(const W& a, const W& b, const W& c, W& sum) {
     sum = _mm512_fmadd_ps(a, b, c);
   } else {
     sum = _mm512_fmadd_pd(a, b, c);
+  }
+#elif defined(LC_AVX2)
+  for (int i = 0; i < W::kParts; ++i) {
+    if constexpr (std::is_same_v<W, Floats>) {
+      sum.part[i] = _mm256_fmadd_ps(a.part[i], b.part[i], c.part[i]);
+    } else {
+      sum.part[i] = _mm256_fmadd_pd(a.part[i], b.part[i], c.part[i]);
+    }
   }
 #else
   sum = a * b + c;
@@ -37,6 +45,14 @@ LC_INLINE void clamp_negative(const W& z, W& y) {
     y = _mm512_max_ps(W{}, z);
   } else {
     y = _mm512_max_pd(W{}, z);
+  }
+#elif defined(LC_AVX2)
+  for (int i = 0; i < W::kParts; ++i) {
+    if constexpr (std::is_same_v<W, Floats>) {
+      y.part[i] = _mm256_max_ps(_mm256_setzero_ps(), z.part[i]);
+    } else {
+      y.part[i] = _mm256_max_pd(_mm256_setzero_pd(), z.part[i]);
+    }
   }
 #else
   y = select(z < W{}, W{}, z);

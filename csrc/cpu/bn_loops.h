@@ -71,7 +71,7 @@ void walk_columns(const Pass& shared, int64_t rows, int64_t stride, int64_t colu
   using T = typename Pass::Element;
   // A block and what is fetched ahead of it must fit into the first-level cache.
   const int64_t row_bytes = std::max<int64_t>(1, columns * static_cast<int64_t>(sizeof(T)));
-  const int64_t block_rows = std::clamp<int64_t>(8192 / row_bytes, 4, 8);
+  const int64_t block_rows = std::clamp<int64_t>(8192 / row_bytes, 4, 16);
   const int64_t ahead = std::max<int64_t>(block_rows, kAheadBytes / row_bytes) * stride;
   const Pass pass = shared;
   const int64_t whole = columns / kStep * kStep;

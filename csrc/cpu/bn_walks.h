@@ -1,8 +1,8 @@
 // The walks over memory that apply a pass of bn_passes.h, for the instruction set of the machine.
 //
 // Not LC_CLONES: the compiler takes vectors that the baseline lacks apart before it makes clones.
-// So the loops are compiled once per instruction set instead, by an include each. AVX-512 fuses
-// products and sums, as torch does: its last bits differ from those of the others.
+// So the loops are compiled once per instruction set instead, by an include each. AVX2 and AVX-512
+// fuse products and sums, as torch does: their last bits differ from those of the baseline.
 #pragma once
 
 #include <algorithm>
@@ -57,11 +57,13 @@ namespace baseline {
 #ifdef LC_BN_SETS
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
+#define LC_AVX2
 namespace avx2 {
 #include "cpu/bn_lanes.h"
 #include "cpu/bn_steps.h"
 #include "cpu/bn_loops.h"
 }
+#undef LC_AVX2
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4")

@@ -6,7 +6,6 @@ The rules are in :mod:`layer_collapse.reduce.rules`; nothing here knows them one
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
@@ -14,29 +13,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from ..graph import (
     ExampleInputs,
     carries_data,
     ordered_inputs,
     record_shapes,
-    shape_of,
-    submodule,
     trace,
 )
-from . import proof, rules
+from . import proof, rules, sizes
 from .chains import pays_with_more
-from .gate import FixedSize
 from .holdings import disown, remove_dead, sharing_copy, tensors
 from .latency import Stopwatch, in_turns
 from .plan import Plan, Slower
 from .proof import FoldError
 from .report import Fold, FoldReport, Refusal, size_of
 from .rules.constant import cut_off
-from .walk import free_path
 from .work import BORDERS, Refused, Work
 
 __all__ = ["FoldError", "FoldResult", "fold"]
+
+_LARGER = 4  # places by which inputs grow to see whether a fold depends on their size
 
 
 @dataclass
@@ -72,9 +70,10 @@ def fold(
 
     Every fold is proven by itself in float64, with its weights as they will be stored (relative
     error at most 1e-10 for float64, 1e-5 for float32, 2e-3 for float16, 2e-2 for bfloat16), then
-    the folded model end to end on the example inputs, on normal noise and, where an image model
-    takes it, on a second size. Beyond the model itself this takes the memory of the folded one and
-    of about one layer (the largest) more: float64 is for one module at a time.
+    the folded model end to end on the example inputs, on normal noise, with one sample more and,
+    where the model takes it, on a second size; where it is wrong at that, it refuses any other than
+    the example's. Beyond the model itself this takes the memory of the folded one and of about one
+    layer (the largest) more: float64 is for one module at a time.
 
     Args:
         model: a module in which rectifiers may have been replaced by gates; it is not changed.
@@ -133,16 +132,20 @@ def fold(
         report.folds, report.refusals = [], [Refusal(str(place.target), "cut", reason)]
         return FoldResult(_finished(graph, model), report)
     exported = report.traced_by == "export"  # the example's sizes are numbers in such a graph
-    sized = work.sized or exported
     folded = work.finished()
     report.proven = prove
+    step = 0 if work.fixed or exported else sizes.step_of(graph)
+    sized = work.sized or exported
     if report.folds:  # else it is the same graph on the same weights: there is nothing to compare
         if prove:
-            _prove_end_to_end(graph, folded, inputs, report, second_size=not sized)
+            by = step if sized else _LARGER
+            if not _prove_end_to_end(graph, folded, inputs, report, by):
+                sized, step = True, 0
         report.after = size_of(folded, inputs)
     if sized:
-        _guard_sizes(work, 0 if work.fixed or exported else _step(graph))
-        report.only_sizes = [list(t.shape[1:]) for t in inputs if isinstance(t, Tensor)]
+        sizes.guard(work, step)
+        shapes = [t.shape[1:] for t in tree_leaves(inputs) if isinstance(t, Tensor)]
+        report.only_sizes = [list(shape) for shape in shapes]
     hidden = graph.meta.get("hidden", {})
     report.refusals += [Refusal(path, "trace", reason) for path, reason in hidden.items()]
     return FoldResult(_finished(folded, model), report)
@@ -250,24 +253,20 @@ def _attempted(work: Work, rule: str, plan: Plan) -> Fold:
 
 
 def _prove_end_to_end(
-    unfolded: fx.GraphModule,
-    folded: fx.GraphModule,
-    inputs: list[Any],
-    report: FoldReport,
-    second_size: bool,
-) -> None:
+    unfolded: fx.GraphModule, folded: fx.GraphModule, inputs: list[Any], report: FoldReport, by: int
+) -> bool:
+    """Compare on the example, on noise, with one sample more and, for ``by`` > 0, on larger inputs.
+
+    Returns:
+        False where it is wrong at another size that the model takes; that holds for no other batch.
+    """
     reference, candidate = proof.Float64(unfolded), proof.Float64(folded)
     generator = torch.Generator().manual_seed(1)
     limit = proof.tolerance([t.dtype for t in tensors(unfolded).values() if t.is_floating_point()])
-    samples = [proof.doubled(inputs), proof.noise(inputs, generator)]
-    if second_size and (larger := _larger(inputs)) is not None:
-        samples.append(proof.noise(larger, generator))
-    for number, sample in enumerate(samples):
+    for number, sample in enumerate([proof.doubled(inputs), proof.noise(inputs, generator)]):
         try:
             expected = reference.run(*copy.deepcopy(sample))
         except Exception as error:
-            if number == 2:
-                return  # the model takes one size only
             raise FoldError(
                 "fold: the unfolded model does not run in float64, in which folds are proven "
                 f"({proof.first_line(error)}); keep casts to a fixed dtype out of its forward"
@@ -288,50 +287,37 @@ def _prove_end_to_end(
                 f"(limit {limit:.0e}), so none is returned; fold fewer layers or store the model "
                 "in a wider dtype"
             )
-        report.max_abs = max(report.max_abs, max_abs)
-        report.max_rel = max(report.max_rel, max_rel)
-        report.checked_sizes.append([list(t.shape) for t in sample if isinstance(t, Tensor)])
+        _note(report, sample, max_abs, max_rel)
+
+    def holds(growth: sizes.Growth) -> bool | None:
+        """Whether it does in another size; None where the model does not take that."""
+        sample = sizes.larger(inputs, growth, generator)
+        try:
+            expected = reference.run(*copy.deepcopy(sample))
+        except Exception:
+            return None
+        if proof.has_nan(expected):
+            return None
+        try:
+            got = candidate.run(*copy.deepcopy(sample))
+        except Exception:
+            return False
+        max_abs, max_rel = proof.difference(got, expected)
+        if max_rel <= limit:
+            _note(report, sample, max_abs, max_rel)
+        return max_rel <= limit
+
+    if holds(sizes.batch_growth(inputs)) is False:
+        raise FoldError(
+            "fold: the folded model is wrong for another number of samples than the example's, so "
+            "none is returned; keep what depends on that number out of layers that are constant"
+        )
+    answers = (holds(growth) for growth in sizes.other_sizes(inputs, by)) if by else ()
+    return next((answer for answer in answers if answer is not None), True)
 
 
-def _guard_sizes(work: Work, step: int) -> None:
-    """Let the network refuse inputs of another size than the example's, for which it is wrong."""
-    folded = work.module
-    for node in list(folded.graph.nodes):
-        shape = shape_of(node) if node.op == "placeholder" else None
-        if not shape or not node.users:
-            continue
-        readers, path = list(node.users), free_path(work, "fixed_size")
-        guard = FixedSize(shape[1:], step, node.meta.get("fixed_batch"))
-        folded.add_submodule(path, guard.eval())
-        with folded.graph.inserting_after(node):
-            guarded = folded.graph.call_module(path, (node,))
-        guarded.meta = dict(node.meta)
-        for reader in readers:
-            reader.replace_input_with(node, guarded)
-    folded.recompile()
-
-
-def _step(graph: fx.GraphModule) -> int:
-    """By what inputs may grow for all strides to end as they do; 0 if that is not known.
-
-    The product over all layers of the least multiple of a layer's strides: whatever dims are
-    permuted between them, it is a multiple of what each dim needs.
-    """
-    step = 1
-    for node in graph.graph.nodes:
-        module = submodule(graph, node)
-        if module is None and any(part in node.name for part in ("conv", "pool", "unfold")):
-            return 0
-        stride = getattr(module, "stride", 1)
-        step *= math.lcm(*stride) if isinstance(stride, tuple) else int(stride or 1)
-    return step
-
-
-def _larger(inputs: list[Any]) -> list[Any] | None:
-    """A single image batch [N, C, H, W] made 4 pixels taller and wider, or None."""
-    if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].ndim != 4:
-        return None
-    if not inputs[0].is_floating_point():
-        return None
-    n, c, h, w = inputs[0].shape
-    return [inputs[0].new_zeros(n, c, h + 4, w + 4)]
+def _note(report: FoldReport, sample: Any, max_abs: float, max_rel: float) -> None:
+    report.max_abs = max(report.max_abs, max_abs)
+    report.max_rel = max(report.max_rel, max_rel)
+    shapes = [list(t.shape) for t in tree_leaves(sample) if isinstance(t, Tensor)]
+    report.checked_sizes.append(shapes)

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..graph import rectifier_function, shape_of
-from .layers import ELEMENTWISE
+from ..graph import BATCH_NORM, rectifier_function, shape_of
+from .gate import AffineGate, ConstantBias
+from .layers import CONV, CONV_TRANSPOSE, ELEMENTWISE
 
 Shape = tuple[int, ...]
 
@@ -31,8 +32,19 @@ _WITH_A_NUMBER = (
     *(torch.add, torch.sub, torch.mul, torch.div),
 )
 _METHODS_WITH_A_NUMBER = ("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_")
+_SCALES = (
+    *(operator.mul, operator.truediv, operator.imul, operator.itruediv, torch.mul, torch.div),
+    *("mul", "mul_", "div", "div_"),
+)
 _RESHAPES = (torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze)
 _RESHAPE_METHODS = ("flatten", "view", "reshape", "squeeze", "unsqueeze")
+_REARRANGES = ("permute", torch.permute, "transpose", torch.transpose, "expand", "expand_as")
+_MEANS = ("mean", torch.mean, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d)
+_UNIFORM = (
+    *(*CONV, *CONV_TRANSPOSE, *BATCH_NORM),
+    *(nn.Linear, nn.LayerNorm, nn.Flatten, nn.PReLU, AffineGate, ConstantBias),
+    *(kind for kinds in _POOLS.values() for kind in kinds),
+)
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 
 
@@ -122,6 +134,34 @@ def _averaged(node: fx.Node, dim: int, ndim: int) -> tuple[int, int] | None:
         return None
     kept = node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False)
     return (dim if kept else dim - sum(d < dim for d in dims)), 1
+
+
+def scales(node: fx.Node) -> bool:
+    """Whether a call multiplies a tensor by a number, or divides it by one."""
+    first = node.args[0] if node.args else None
+    return node.target in _SCALES and isinstance(first, fx.Node) and shape_of(first) is not None
+
+
+def reshapes(node: fx.Node) -> bool:
+    """Whether a call gives the same numbers in another shape; sizes that it reads say which."""
+    return node.op in ("call_function", "call_method") and (
+        node.target in (*_RESHAPES, *_RESHAPE_METHODS, *_REARRANGES)
+    )
+
+
+def is_uniform(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a node of one input makes an image of one colour another one, whatever its size.
+
+    Beside its border, that is; and strides are the only reason for its size to change.
+    """
+    if module is not None:
+        return type(module) in _UNIFORM or is_elementwise(node, module)
+    return (
+        is_elementwise(node, None)
+        or is_concatenation(node)
+        or reshapes(node)
+        or (node.op in ("call_function", "call_method") and node.target in _MEANS)
+    )
 
 
 def is_concatenation(node: fx.Node) -> bool:

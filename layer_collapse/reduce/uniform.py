@@ -69,6 +69,11 @@ class Constants:
                 bias = bias_of(layer)
                 value = none if bias is None else bias.to(none)
                 return replace(x, constant=x.constant & value.isfinite(), value=value), nothing
+        counts = [s for s in node.all_input_nodes if shape_of(s) is None]
+        if counts and not passing.reshapes(node):
+            # With a size, perhaps that of the batch: as a factor it leaves zeros what they are.
+            kept = x.constant & (x.value == 0) & passing.scales(node)
+            return replace(x, constant=kept, value=none), x.ids[x.constant & ~kept]
         result = self._run(node).movedim(x.dim, 0).flatten(1)
         value = result[:, 0]
         limit = 1e-12 * result.abs().amax(dim=1)

@@ -101,7 +101,7 @@ def test_zero_padding_gives_a_bias_map_for_one_size() -> None:
     assert relative(result.model(x), model.eval()(x)) < 1e-5
     with pytest.raises(ValueError, match=r"folded for inputs of shape \[N, 3, 6, 6\] only"):
         result.model(torch.zeros(1, 3, 8, 8))
-    assert result.report.checked_sizes == [[[2, 3, 6, 6]]] * 2
+    assert result.report.checked_sizes == [[[n, 3, 6, 6]] for n in (2, 2, 3)]
 
 
 def test_uniform_constant_serves_every_size() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
+from .. import passing
 from ..channels import channels
 from ..float64 import call, widened
 from ..gate import AffineGate, ConstantBias, smallest_form
@@ -24,7 +26,7 @@ class Constant:
     """The value of a node that does not depend on the input.
 
     ``origins`` are the layers without weights that make it constant; a parameter of the model or a
-    size has none. ``sized``: it holds for the spatial size of the example inputs only.
+    size has none. ``sized``: it may hold for the spatial size of the example inputs only.
     """
 
     value: object
@@ -47,7 +49,7 @@ def _propagate(work: Work) -> dict[fx.Node, Constant]:
         if node.op in ("placeholder", "output"):
             continue
         if work.known(node):
-            found[node] = Constant(node.meta["plain_value"])
+            found[node] = Constant(node.meta["plain_value"], sized=True)
         elif node.op == "get_attr":
             found[node] = Constant(attribute(work.module, str(node.target)))  # as it is stored
         elif work.hooked(node):
@@ -59,14 +61,29 @@ def _propagate(work: Work) -> dict[fx.Node, Constant]:
         elif node.all_input_nodes and all(s in found for s in node.all_input_nodes):
             inputs = {s: widened(found[s].value) for s in node.all_input_nodes}
             origins = frozenset().union(*(found[s].origins for s in node.all_input_nodes))
-            sized = any(found[s].sized for s in node.all_input_nodes)
+            counts = [s for s in node.all_input_nodes if not isinstance(found[s].value, Tensor)]
+            reshaped = passing.reshapes(node)
+            if origins and counts and not reshaped:
+                continue  # it computes with a size, perhaps that of the batch
+            deciding = [s for s in node.all_input_nodes if not (reshaped and s in counts)]
+            sized = any(found[s].sized for s in deciding)
             if origins:
+                sized = sized or not _keeps_uniform(work, node)
                 result = _evaluated(work, node, inputs, origins, sized)
                 if _same(result.value, _evaluated(work, node, inputs, origins, sized).value):
                     found[node] = result  # else: random, as no constant is
             elif node.op == "call_function" or node.op == "call_method":
                 found[node] = _evaluated(work, node, inputs, origins, sized)
     return found
+
+
+def _keeps_uniform(work: Work, node: fx.Node) -> bool:
+    """Whether no size decides what a node makes of uniform values; borders: see _meets_border."""
+    return (
+        passing.is_uniform(node, work.called(node))
+        or bool(summands(node) or factors(node))
+        or node.target is operator.getitem
+    )
 
 
 def _starts(work: Work, node: fx.Node) -> bool:

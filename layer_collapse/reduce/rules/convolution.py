@@ -121,10 +121,12 @@ def _plan(
 def _too_much(whole: Geometry, sizes: Sequence[int]) -> str | None:
     """Why torch cannot pad an image as one layer must that pads for two, or None."""
     for size, padding in zip(sizes, map(max, whole.before, whole.after), strict=True):
-        if whole.mode == "circular" and padding > size:
+        turns = {"circular": ("goes around", size), "reflect": ("turns back", size - 1)}
+        how, most = turns.get(whole.mode, ("", padding))
+        if padding > most:
             return (
-                f"one layer would pad {size} pixels by {padding} in mode 'circular', and torch "
-                "goes around once at most; fold with larger example inputs"
+                f"one layer would pad {size} pixels by {padding} in mode {whole.mode!r}, and torch "
+                f"{how} once at most; fold with larger example inputs"
             )
     return None
 
