@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Literal
 
@@ -362,3 +363,10 @@ def test_what_acts_in_training_only_is_called_as_a_whole() -> None:
     traced.eval()
     assert torch.equal(traced(x), model.eval()(x))
     assert call_counts(layer_collapse.fold(model, x).model)["depth"] == 0
+
+
+def test_a_traced_model_is_pickled_and_loaded() -> None:
+    model, file, x = Net().eval(), io.BytesIO(), torch.randn(3, 4)
+    torch.save(trace(model), file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x), model(x))

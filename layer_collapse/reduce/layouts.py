@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 
 from ..graph import BATCH_NORM, carries_data, shape_of
 from . import passing
+from .aliasing import writes_into
 from .gate import AffineGate, ConstantBias
-from .holdings import writes_into
 from .layers import CONV, channel_dim, stored_weight
 from .uniform import Constants, Layout
 from .walk import factors, summands

@@ -34,7 +34,7 @@ class Untraceable(TraceError):
 class _Tracer(fx.Tracer):
     """torch.fx's tracer that stops at torch's own modules, at gates and at ``leaves``."""
 
-    def __init__(self, leaves: Collection[str]) -> None:
+    def __init__(self, leaves: Collection[str] = ()) -> None:  # unpickling gives none
         super().__init__()
         self.leaves = leaves
         self.stopped_in: str | None = None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
+from torch.utils._pytree import tree_leaves
 
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any] | None
 
@@ -61,10 +62,17 @@ def owner_path(node: fx.Node) -> str:
     return str(paths[-1]) if paths else ""
 
 
+def _memory(value: Any) -> set[int]:
+    """Addresses of the memory of all plain tensors in a value."""
+    leaves = (leaf for leaf in tree_leaves(value) if type(leaf) in (Tensor, nn.Parameter))
+    return {leaf.untyped_storage().data_ptr() for leaf in leaves} - {0}
+
+
 class _Shapes(fx.Interpreter):
     """torch's ShapeProp, but for the traceback that it prints where the model does not run.
 
-    Values without a tensor in them (sizes) are noted as they are.
+    Values without a tensor in them (sizes) are noted as they are; so are, by number, the inputs of
+    a node in whose memory its value lies.
     """
 
     def run_node(self, n: fx.Node) -> Any:
@@ -78,6 +86,9 @@ class _Shapes(fx.Interpreter):
             return _extract_tensor_metadata(value)
 
         meta = map_aggregate(result, described)
+        own = _memory(result)
+        inputs = map(_memory, map(self.env.__getitem__, n.all_input_nodes))
+        n.meta["shares_memory"] = tuple(i for i, theirs in enumerate(inputs) if own & theirs)
         n.meta.pop("plain_value", None)
         if tensors:
             n.meta["tensor_meta"] = meta
