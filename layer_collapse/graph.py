@@ -21,6 +21,7 @@ from .tracing.inputs import (
     owner_path,
     record_shapes,
     training_mode,
+    without_cache,
 )
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "submodule",
     "trace",
     "training_mode",
+    "without_cache",
 ]
 
 #: Modules with weights that map channels to channels: what "depth" counts.

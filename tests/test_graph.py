@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import types
 from collections.abc import Callable
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -370,3 +372,50 @@ def test_a_traced_model_is_pickled_and_loaded() -> None:
     torch.save(trace(model), file)
     file.seek(0)
     assert torch.equal(torch.load(file, weights_only=False)(x), model(x))
+
+
+class Caching(Net):
+    """Returns a cache that no graph can return, unless it is told not to; torch.fx gives up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = types.SimpleNamespace(use_cache=True)
+
+    def forward(self, x: Tensor, use_cache: bool | None = None) -> Any:  # type: ignore[override]
+        if x.sum(1).size(0) != len(x):
+            raise ValueError
+        y = self.b(self.act(self.a(x)))
+        return (y, object()) if (self.config.use_cache if use_cache is None else use_cache) else y
+
+
+def test_language_models_are_traced_without_their_cache() -> None:
+    model, x = Caching().eval(), torch.randn(3, 4)
+    traced = trace(model, x)
+    assert traced.meta["traced_by"] == "export"
+    torch.testing.assert_close(traced(x), model(x, use_cache=False))
+    torch.testing.assert_close(layer_collapse.fold(model, x).model(x), traced(x))
+    assert model.config.use_cache is True
+
+
+class Options(Net):
+    """Arguments that are no tensors decide what is computed; torch.fx gives up."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, double: bool = False, k: float = 1.0, name: str | None = None
+    ) -> Tensor:
+        y = self.b(self.act(self.a(x)))
+        return y * k if double else y
+
+
+def test_exported_graphs_refuse_other_arguments_than_those_they_were_traced_with(
+    tmp_path: Path,
+) -> None:
+    model, x = Options().eval(), torch.randn(3, 4)
+    folded = layer_collapse.fold(model, {"x": x, "double": True, "k": 3.0, "name": None}).model
+    layer_collapse.save_folded(folded, tmp_path / "f")
+    for graph in (folded, layer_collapse.load_folded(tmp_path / "f")):
+        torch.testing.assert_close(graph(x), model(x, True, 3.0))
+        torch.testing.assert_close(graph(x[:2], True, 3), model(x[:2], True, 3.0))
+        for other in ((False, 3.0), (True, 2.0), (True, 3.0, "given")):
+            with pytest.raises(AssertionError, match="for which this graph was traced"):
+                graph(x, *other)

@@ -23,6 +23,7 @@ from ..graph import (
     shape_of,
     submodule,
     trace,
+    without_cache,
 )
 from . import proof, rules
 from .chains import pays_with_more
@@ -161,7 +162,7 @@ def _traced(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
     graph = trace(model, example_inputs)
     _simplified(graph)
     got = record_shapes(graph, example_inputs)
-    with torch.no_grad():
+    with torch.no_grad(), without_cache(model):
         expected = proof.answer(model, copy.deepcopy(example_inputs))
     if proof.has_nan(expected):
         raise FoldError(

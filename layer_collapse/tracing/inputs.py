@@ -37,6 +37,24 @@ def training_mode(model: nn.Module, mode: bool) -> Iterator[None]:
             module.training = flag
 
 
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Language models do not return the keys and values that they cache for the next token.
+
+    That is what their ``config.use_cache`` asks for where a call does not say ``use_cache``; every
+    such config has its own value again afterwards.
+    """
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    asking = [config for config in configs if getattr(config, "use_cache", None) is True]
+    for config in asking:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in asking:
+            config.use_cache = True
+
+
 def bind(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Example inputs as positional and keyword arguments."""
     if example_inputs is None:
