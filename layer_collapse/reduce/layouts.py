@@ -126,6 +126,8 @@ class Layouts:
         if moved is None:
             return None
         dim, repeats = moved
+        if passing.written_size(node, dim):
+            self._stay(data[0], f"{node.name!r} writes out their number; write flatten(1) instead")
         return Layout(
             dim,
             x.ids.repeat_interleave(repeats),
