@@ -17,6 +17,7 @@ from .tracing import trace
 from .tracing.inputs import (
     ExampleInputs,
     TraceError,
+    check_traceable,
     ordered_inputs,
     owner_path,
     record_shapes,
@@ -31,6 +32,7 @@ __all__ = [
     "TraceError",
     "call_counts",
     "carries_data",
+    "check_traceable",
     "depth",
     "live_nodes",
     "ordered_inputs",

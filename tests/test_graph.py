@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -419,3 +420,17 @@ def test_exported_graphs_refuse_other_arguments_than_those_they_were_traced_with
         for other in ((False, 3.0), (True, 2.0), (True, 3.0, "given")):
             with pytest.raises(AssertionError, match="for which this graph was traced"):
                 graph(x, *other)
+
+
+def test_forms_in_which_layers_are_not_seen_are_refused() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).eval(), torch.randn(2, 4)
+    program = torch.export.export(model, (x,)).module()
+    for form, told in ((program, "torch.export made it"), (nn.DataParallel(model), "its .module")):
+        for call in (trace, layer_collapse.fold):
+            with pytest.raises(TraceError, match=told):
+                call(form, x)
+    inside = layer_collapse.fold(nn.Sequential(nn.DataParallel(model)), x).report.refusals
+    assert [(r.name, r.rule) for r in inside] == [("0", "trace")]
+    model[0].lock = threading.Lock()
+    with pytest.raises(TypeError, match=r"attribute '0\.lock' it does not: cannot pickle"):
+        layer_collapse.fold(model, x)

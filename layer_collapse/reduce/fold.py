@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from ..graph import (
     ExampleInputs,
     carries_data,
+    check_traceable,
     ordered_inputs,
     record_shapes,
     shape_of,
@@ -154,6 +155,7 @@ def _traced(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
 
     The graph is what everything is proven against, so it is compared with the model first.
     """
+    check_traceable(model)
     model = sharing_copy(model).eval()
     if isinstance(model, fx.GraphModule):
         _simplified(model)

@@ -28,7 +28,7 @@ def attribute(module: nn.Module, path: str) -> Any:
 
 def sharing_copy(module: nn.Module) -> Any:
     """A deep copy, buffers included, whose parameters are the module's own."""
-    return copy.deepcopy(module, {id(p): p for p in module.parameters()} | _computed(module))
+    return _copied(module, {id(p): p for p in module.parameters()} | _computed(module))
 
 
 def own_copy(module: nn.Module) -> Any:
@@ -36,7 +36,32 @@ def own_copy(module: nn.Module) -> Any:
 
     ``torch.nn.utils.weight_norm`` and ``prune`` do, and torch itself does not copy those.
     """
-    return copy.deepcopy(module, _computed(module))
+    return _copied(module, _computed(module))
+
+
+def _copied(module: nn.Module, memo: dict[int, Any]) -> Any:
+    """A deep copy, or what keeps the module from being copied, by name."""
+    try:
+        return copy.deepcopy(module, dict(memo))
+    except TypeError as error:
+        for path, inside in module.named_modules():
+            for name, value in vars(inside).items():
+                if name.startswith("_") or _can_be_copied(value, memo):
+                    continue
+                place = f"{path}.{name}".lstrip(".")
+                raise TypeError(
+                    f"expected a model that copy.deepcopy copies (got {type(module).__name__}, "
+                    f"whose attribute {place!r} it does not: {error}); keep it outside of the model"
+                ) from error
+        raise
+
+
+def _can_be_copied(value: Any, memo: dict[int, Any]) -> bool:
+    try:
+        copy.deepcopy(value, dict(memo))
+    except Exception:
+        return False
+    return True
 
 
 def _computed(module: nn.Module) -> dict[int, Any]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import warnings
 from typing import Any, Literal
 
-import torch
 from torch import fx, nn
 
 from ..measure.rectifiers import module_kind
 from .by_export import exported
 from .by_fx import Untraceable, symbolic
 from .hooks import LOST, agrees, hooked, is_patched, refusal, without_hooks
-from .inputs import ExampleInputs, TraceError, bind, first_line, record_shapes
+from .inputs import ExampleInputs, TraceError, bind, check_traceable, first_line, record_shapes
 from .unrecognised import unrecognised
 
 
@@ -44,11 +43,7 @@ def trace(
         TraceError: nothing can follow the model's own forward, or what hooks (or a forward that was
             replaced on the object) do to its output.
     """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TraceError(
-            f"cannot trace {type(model).__name__}: a scripted module has no forward in Python; "
-            "pass the module that was scripted"
-        )
+    check_traceable(model)
     args, kwargs = bind(example_inputs)
     hooks = hooked(model)
     suspect = example_inputs is not None and (bool(hooks) or is_patched(model))
@@ -68,6 +63,10 @@ def trace(
     for path in hooks.keys() - called:
         place = path or type(model).__name__
         module.meta["hidden"].setdefault(place, f"{place!r} {LOST}")
+    for path in called:
+        if isinstance(module.get_submodule(path), nn.DataParallel):
+            told = f"{path!r} (DataParallel) is called as a whole; put its .module there"
+            module.meta["hidden"].setdefault(path, told)
     return module
 
 

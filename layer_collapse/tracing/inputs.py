@@ -25,6 +25,23 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
+def check_traceable(model: nn.Module) -> None:
+    """Refuse forms of a model in which its layers cannot be seen.
+
+    Raises:
+        TraceError: it is scripted, was made by torch.export, or is wrapped.
+    """
+    instead = None
+    if isinstance(model, torch.jit.ScriptModule):
+        instead = "a scripted module has no forward in Python; pass the module that was scripted"
+    elif isinstance(model, fx.GraphModule) and "train" in vars(model):
+        instead = "torch.export made it of operators that are no layers; pass the model itself"
+    elif isinstance(model, nn.DataParallel):
+        instead = "it is a wrapper around the model; pass its .module"
+    if instead is not None:
+        raise TraceError(f"cannot trace {type(model).__name__}: {instead}")
+
+
 @contextmanager
 def training_mode(model: nn.Module, mode: bool) -> Iterator[None]:
     """Every module of ``model`` in the given mode; afterwards each is as it was."""
