@@ -17,10 +17,12 @@ from .tracing import trace
 from .tracing.inputs import (
     ExampleInputs,
     TraceError,
+    check_traceable,
     ordered_inputs,
     owner_path,
     record_shapes,
     training_mode,
+    without_cache,
 )
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "TraceError",
     "call_counts",
     "carries_data",
+    "check_traceable",
     "depth",
     "live_nodes",
     "ordered_inputs",
@@ -42,6 +45,7 @@ __all__ = [
     "submodule",
     "trace",
     "training_mode",
+    "without_cache",
 ]
 
 #: Modules with weights that map channels to channels: what "depth" counts.

@@ -182,3 +182,46 @@ def test_onnx_gives_the_same(folder: Path) -> None:
     (got,) = session.run(None, {session.get_inputs()[0].name: x})
     expected = load_folded(folder / "o.safetensors")(torch.from_numpy(x))
     torch.testing.assert_close(torch.from_numpy(got), expected.detach(), rtol=1e-4, atol=1e-3)
+
+
+def _refused(folder: Path, monkeypatch, capsys, *argv: str) -> str:  # type: ignore[no-untyped-def]
+    """The sentence of a fold that is refused before anything is scanned."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(folding, "scanned", None)
+    command = ["fold", "--model", "digits_net:build", "--weights", "net.safetensors"]
+    assert main([*command, "--data", "digits.npz", *argv]) == 2
+    err: str = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    return err.removeprefix("layer-collapse: ").rstrip()
+
+
+def test_bad_places_and_samples_are_refused_first(folder: Path, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    def refused(*argv: str) -> str:
+        return _refused(folder, monkeypatch, capsys, *argv)
+
+    assert refused("--out", "/nonexistent/f") == (
+        "--out: there is no folder /nonexistent; make it first"
+    )
+    assert refused("--out", ".") == "--out must be a file (got the folder .); add a name"
+    assert refused("--out", "f", "--onnx", "no/f").startswith("--onnx: there is no folder no;")
+    np.savez(folder / "wrong.npz", x=np.zeros((4, 1, 8, 9), np.float32))
+    assert refused("--out", "f", "--held-out", "wrong.npz") == (
+        "--held-out must hold samples like those of --data, [1, 8, 8] of torch.float32 "
+        "(got [1, 8, 9] of torch.float32)"
+    )
+    assert not (folder / "f").exists()
+
+
+def test_what_cannot_be_saved_is_told_before_the_fold(folder: Path, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    (folder / "odd_net.py").write_text(
+        NETS.replace("nn.Linear(32, 10)", "nn.Sequential(nn.Linear(32, 10), nn.RReLU())")
+    )
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(folding, "fold", lambda *_, **__: 1 / 0)
+    command = ["fold", "--model", "odd_net:build", "--data", "digits.npz", "--out", "f"]
+    with pytest.raises(ZeroDivisionError):
+        main(command)
+    err = capsys.readouterr().err
+    assert "'head.1' is a RReLU, which is not registered; unless it leaves the network" in err

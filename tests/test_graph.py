@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import threading
+import types
 from collections.abc import Callable
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -362,3 +366,71 @@ def test_what_acts_in_training_only_is_called_as_a_whole() -> None:
     traced.eval()
     assert torch.equal(traced(x), model.eval()(x))
     assert call_counts(layer_collapse.fold(model, x).model)["depth"] == 0
+
+
+def test_a_traced_model_is_pickled_and_loaded() -> None:
+    model, file, x = Net().eval(), io.BytesIO(), torch.randn(3, 4)
+    torch.save(trace(model), file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x), model(x))
+
+
+class Caching(Net):
+    """Returns a cache that no graph can return, unless it is told not to; torch.fx gives up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = types.SimpleNamespace(use_cache=True)
+
+    def forward(self, x: Tensor, use_cache: bool | None = None) -> Any:  # type: ignore[override]
+        if x.sum(1).size(0) != len(x):
+            raise ValueError
+        y = self.b(self.act(self.a(x)))
+        return (y, object()) if (self.config.use_cache if use_cache is None else use_cache) else y
+
+
+def test_language_models_are_traced_without_their_cache() -> None:
+    model, x = Caching().eval(), torch.randn(3, 4)
+    traced = trace(model, x)
+    assert traced.meta["traced_by"] == "export"
+    torch.testing.assert_close(traced(x), model(x, use_cache=False))
+    torch.testing.assert_close(layer_collapse.fold(model, x).model(x), traced(x))
+    assert model.config.use_cache is True
+
+
+class Options(Net):
+    """Arguments that are no tensors decide what is computed; torch.fx gives up."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, double: bool = False, k: float = 1.0, name: str | None = None
+    ) -> Tensor:
+        y = self.b(self.act(self.a(x)))
+        return y * k if double else y
+
+
+def test_exported_graphs_refuse_other_arguments_than_those_they_were_traced_with(
+    tmp_path: Path,
+) -> None:
+    model, x = Options().eval(), torch.randn(3, 4)
+    folded = layer_collapse.fold(model, {"x": x, "double": True, "k": 3.0, "name": None}).model
+    layer_collapse.save_folded(folded, tmp_path / "f")
+    for graph in (folded, layer_collapse.load_folded(tmp_path / "f")):
+        torch.testing.assert_close(graph(x), model(x, True, 3.0))
+        torch.testing.assert_close(graph(x[:2], True, 3), model(x[:2], True, 3.0))
+        for other in ((False, 3.0), (True, 2.0), (True, 3.0, "given")):
+            with pytest.raises(AssertionError, match="for which this graph was traced"):
+                graph(x, *other)
+
+
+def test_forms_in_which_layers_are_not_seen_are_refused() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).eval(), torch.randn(2, 4)
+    program = torch.export.export(model, (x,)).module()
+    for form, told in ((program, "torch.export made it"), (nn.DataParallel(model), "its .module")):
+        for call in (trace, layer_collapse.fold):
+            with pytest.raises(TraceError, match=told):
+                call(form, x)
+    inside = layer_collapse.fold(nn.Sequential(nn.DataParallel(model)), x).report.refusals
+    assert [(r.name, r.rule) for r in inside] == [("0", "trace")]
+    model[0].lock = threading.Lock()
+    with pytest.raises(TypeError, match=r"attribute '0\.lock' it does not: cannot pickle"):
+        layer_collapse.fold(model, x)

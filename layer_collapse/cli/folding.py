@@ -18,10 +18,10 @@ from ..reduce.fold import fold
 from ..reduce.latency import compare
 from ..reduce.linearize import linearize
 from ..reduce.proof import difference
-from ..reduce.saving import save_folded
+from ..reduce.saving import save_folded, unsavable
 from ..reduce.work import BORDERS
 from .console import log, print_json, results
-from .models import add_model_arguments, read_samples, scanned
+from .models import add_model_arguments, loaded, read_samples, scanned
 
 #: Largest relative difference to onnxruntime that float32 (and anything narrower) may show.
 _ONNX_LIMIT = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -86,15 +86,15 @@ def add_command(commands: Any) -> None:
 def _fold(arguments: argparse.Namespace) -> int:
     if arguments.samples < 1:
         raise ValueError(f"--samples must be 1 or more (got {arguments.samples})")
+    _need_place("--out", arguments.out)  # before minutes of work, as all that follows
     if arguments.onnx is not None:
-        _need_onnx()  # before minutes of work
+        _need_place("--onnx", arguments.onnx)
+        _need_onnx()
     if arguments.max_error is not None and not arguments.max_error >= 0:
         raise ValueError(f"--max-error must be 0 or more (got {arguments.max_error})")
-    model, batches, report = scanned(arguments)
-    example, held_out = batches[0], batches
-    if arguments.held_out is not None:
-        x, _ = read_samples(arguments.held_out, arguments.data_root, {})
-        held_out = list(x.split(arguments.batch))
+    model, example, batches = loaded(arguments)
+    held_out = batches if arguments.held_out is None else _held_out(arguments, example)
+    report = scanned(model, example, batches)
     for row in report:
         if row.state == NONFINITE:
             raise ValueError(f"rectifier {row.name!r} saw NaN; check the weights and the data")
@@ -103,6 +103,8 @@ def _fold(arguments: argparse.Namespace) -> int:
         fits = fit_gates(model, batches, example)
         fits = {name: fit for name, fit in fits.items() if fit.relative <= arguments.max_error}
     linear = linearize(model, report, example, tolerance=arguments.tolerance, fits=fits)
+    for problem in unsavable(linear.model):
+        log(f"{problem}; unless it leaves the network, the folded model cannot be saved")
     example = example[: arguments.samples]
     result = fold(
         linear.model,
@@ -153,6 +155,24 @@ def _agreement_text(near: Agreement, held_out: str | None) -> str:
         f"{'held-out' if held_out else 'scanned'} samples; logits moved by {near.relative:.1e} of "
         f"their size, {near.max_abs:.1e} at most"
     )
+
+
+def _held_out(arguments: argparse.Namespace, example: Tensor) -> list[Tensor]:
+    """The batches to compare on: of the shape and dtype of those that are scanned."""
+    x, _ = read_samples(arguments.held_out, arguments.data_root, {})
+    if (x.shape[1:], x.dtype) != (example.shape[1:], example.dtype):
+        raise ValueError(
+            f"--held-out must hold samples like those of --data, {list(example.shape[1:])} of "
+            f"{example.dtype} (got {list(x.shape[1:])} of {x.dtype})"
+        )
+    return list(x.split(arguments.batch))
+
+
+def _need_place(option: str, path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(f"{option} must be a file (got the folder {path}); add a name")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{option}: there is no folder {path.parent}; make it first")
 
 
 def _need_onnx() -> None:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .. import _C, __version__, checkpoint, data, models
+from ..measure.report import EntropyReport
 from ..measure.scan import scan
 from ..ops import cuda
 from .console import add_json_flag, print_json, progress, results
@@ -157,7 +158,7 @@ def _build(
     return model
 
 
-def _load(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor, list[Tensor]]:
+def loaded(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor, list[Tensor]]:
     """The model with its weights, example inputs and batches to scan."""
     state, settings = _read_weights(arguments.weights)
     x, classes = read_samples(arguments.data, arguments.data_root, settings)
@@ -173,17 +174,13 @@ def _load(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor, list[Tensor
     return model.eval(), x[: arguments.batch], list(x.split(arguments.batch))
 
 
-def scanned(arguments: argparse.Namespace) -> tuple[nn.Module, list[Tensor], Any]:
-    """The model, the batches of its inputs, and the report of the scan."""
-    model, example, batches = _load(arguments)
-    report = scan(
-        model, batches, example, progress=lambda them: progress(them, "scan", len(batches))
-    )
-    return model, batches, report
+def scanned(model: nn.Module, example: Tensor, batches: list[Tensor]) -> EntropyReport:
+    """The report of the scan of a loaded model, with progress."""
+    return scan(model, batches, example, progress=lambda them: progress(them, "scan", len(batches)))
 
 
 def _measure(arguments: argparse.Namespace) -> int:
-    _, _, report = scanned(arguments)
+    report = scanned(*loaded(arguments))
     if arguments.json:
         print_json(report.to_dict())
     else:

@@ -18,9 +18,11 @@ from torch.utils._pytree import tree_leaves
 from ..graph import (
     ExampleInputs,
     carries_data,
+    check_traceable,
     ordered_inputs,
     record_shapes,
     trace,
+    without_cache,
 )
 from . import proof, rules, sizes
 from .chains import pays_with_more
@@ -156,6 +158,7 @@ def _traced(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
 
     The graph is what everything is proven against, so it is compared with the model first.
     """
+    check_traceable(model)
     model = sharing_copy(model).eval()
     if isinstance(model, fx.GraphModule):
         _simplified(model)
@@ -164,7 +167,7 @@ def _traced(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
     graph = trace(model, example_inputs)
     _simplified(graph)
     got = record_shapes(graph, example_inputs)
-    with torch.no_grad():
+    with torch.no_grad(), without_cache(model):
         expected = proof.answer(model, copy.deepcopy(example_inputs))
     if proof.has_nan(expected):
         raise FoldError(

@@ -1,4 +1,4 @@
-"""What a graph holds: tensors, ties between them, values written in place, dead parts."""
+"""What a graph holds: tensors, ties between them, dead parts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..graph import submodule
+from .aliasing import later_reader, writes_into
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -28,7 +28,7 @@ def attribute(module: nn.Module, path: str) -> Any:
 
 def sharing_copy(module: nn.Module) -> Any:
     """A deep copy, buffers included, whose parameters are the module's own."""
-    return copy.deepcopy(module, {id(p): p for p in module.parameters()} | _computed(module))
+    return _copied(module, {id(p): p for p in module.parameters()} | _computed(module))
 
 
 def own_copy(module: nn.Module) -> Any:
@@ -36,7 +36,32 @@ def own_copy(module: nn.Module) -> Any:
 
     ``torch.nn.utils.weight_norm`` and ``prune`` do, and torch itself does not copy those.
     """
-    return copy.deepcopy(module, _computed(module))
+    return _copied(module, _computed(module))
+
+
+def _copied(module: nn.Module, memo: dict[int, Any]) -> Any:
+    """A deep copy, or what keeps the module from being copied, by name."""
+    try:
+        return copy.deepcopy(module, dict(memo))
+    except TypeError as error:
+        for path, inside in module.named_modules():
+            for name, value in vars(inside).items():
+                if name.startswith("_") or _can_be_copied(value, memo):
+                    continue
+                place = f"{path}.{name}".lstrip(".")
+                raise TypeError(
+                    f"expected a model that copy.deepcopy copies (got {type(module).__name__}, "
+                    f"whose attribute {place!r} it does not: {error}); keep it outside of the model"
+                ) from error
+        raise
+
+
+def _can_be_copied(value: Any, memo: dict[int, Any]) -> bool:
+    try:
+        copy.deepcopy(value, dict(memo))
+    except Exception:
+        return False
+    return True
 
 
 def _computed(module: nn.Module) -> dict[int, Any]:
@@ -88,21 +113,6 @@ def tied(module: nn.Module) -> set[str]:
     return {name for names in at.values() if len(names) > 1 for name in names}
 
 
-def writes_into(module: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
-    """Whether ``node`` changes the memory of ``value``."""
-    if not node.args or node.args[0] is not value:
-        return False
-    if node.op == "call_module":
-        return bool(getattr(submodule(module, node), "inplace", False))
-    if node.kwargs.get("inplace", False) or node.kwargs.get("out") is not None:
-        return True
-    name = str(getattr(node.target, "__name__", node.target))
-    in_place_operator = getattr(node.target, "__module__", "") == "_operator" and (
-        name.startswith("i") and name not in ("is_", "is_not", "invert", "inv", "index")
-    )
-    return in_place_operator or (name.endswith("_") and not name.endswith("__"))
-
-
 def remove_dead(module: fx.GraphModule) -> None:
     """Erase nodes whose value nobody reads, then the modules and tensors that nobody uses."""
     for node in reversed(list(module.graph.nodes)):
@@ -113,7 +123,7 @@ def remove_dead(module: fx.GraphModule) -> None:
         if (
             isinstance(source, fx.Node)
             and writes_into(module, node, source)
-            and (len(source.users) > 1 or source.op in ("placeholder", "get_attr"))
+            and (source.op in ("placeholder", "get_attr") or later_reader(module, node))
         ):
             continue
         module.graph.erase_node(node)

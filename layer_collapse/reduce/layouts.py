@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 
 from ..graph import BATCH_NORM, carries_data, shape_of
 from . import passing
+from .aliasing import writes_into
 from .gate import AffineGate, ConstantBias
-from .holdings import writes_into
 from .layers import CONV, channel_dim, stored_weight
 from .uniform import Constants, Layout
 from .walk import factors, summands
@@ -126,6 +126,8 @@ class Layouts:
         if moved is None:
             return None
         dim, repeats = moved
+        if passing.written_size(node, dim):
+            self._stay(data[0], f"{node.name!r} writes out their number; write flatten(1) instead")
         return Layout(
             dim,
             x.ids.repeat_interleave(repeats),

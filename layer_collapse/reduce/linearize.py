@@ -23,6 +23,7 @@ from ..measure.sites import Site, find_sites, source_of
 from ..ops.entropy import State
 from ..ops.rectify import apply_torch
 from ..prune.rounds import CutError
+from .aliasing import later_reader, writes_into
 from .approximate import Fit
 from .gate import AffineGate
 from .holdings import own_copy
@@ -234,12 +235,21 @@ def linearize(
             if site.kind.name == "prelu" and submodule(graph, node) is None:
                 kept[name] = "a functional PReLU has its slopes in the graph"
                 continue
+            if (reader := _other_reader(graph, node)) is not None:
+                place = reader.target if reader.op == "call_module" else reader.name
+                kept[name] = (
+                    f"it writes in place what {place!r} reads through a view; let it write "
+                    "elsewhere (inplace=False) and read its result"
+                )
+                continue
             fitted = name in fits and name in approximate
             gate = fits[name].gate if fitted else gate_for(graph, node, site, entropy[name])
             gates.append((node, site, copy.deepcopy(gate)))
     for node, site, gate in gates:
         _place(graph, node, site, gate, calls.count((site.source, site.functional)) == 1)
-    graph.graph.eliminate_dead_code()
+    graph.graph.eliminate_dead_code(
+        lambda n: n.is_impure() or (not n.users and _other_reader(graph, n) is not None)
+    )
     graph.delete_all_unused_submodules()
     graph.recompile()
     moved = _moved(graph, [gate for _, _, gate in gates]) if border == "move" else ()
@@ -253,6 +263,13 @@ def linearize(
         {name: fit for name, fit in fits.items() if name in approximate and name not in kept},
         moved,
     )
+
+
+def _other_reader(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """Who reads what a node writes in place, but not as its result: a gate writes nothing there."""
+    sources = node.all_input_nodes[:1]
+    writes = any(writes_into(graph, node, source) for source in sources)
+    return later_reader(graph, node) if writes else None
 
 
 def _moved(graph: fx.GraphModule, gates: list[AffineGate]) -> tuple[tuple[str, str], ...]:

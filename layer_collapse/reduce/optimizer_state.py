@@ -43,15 +43,17 @@ def transfer_optimizer_state(
 
     Args:
         optimizer_before: of ``model_before``; left as it is.
-        model_before: the model that was folded.
+        model_before: the model that was trained, whose parameters ``optimizer_before`` holds: the
+            one given to :func:`layer_collapse.linearize`, not the copy that it returned.
         model_after: what :func:`layer_collapse.fold` made of it.
         optimizer_after: of ``model_after``, of the same kind; a masked optimiser and torch's own of
             the same name are of one kind.
 
     Raises:
         TypeError: the optimisers are of different kinds.
-        ValueError: the one before keeps state that belongs to no single parameter (L-BFGS), or
-            the one after holds no parameter of ``model_after``. Nothing has changed.
+        ValueError: the one before keeps state that belongs to no single parameter (L-BFGS) or
+            holds no parameter of ``model_before``, or the one after holds none of ``model_after``.
+            Nothing has changed.
     """
     if _kind(optimizer_before) is not _kind(optimizer_after):
         raise TypeError(
@@ -64,6 +66,13 @@ def transfer_optimizer_state(
             "LBFGS, whose history spans all of them); start it afresh"
         )
     before = dict(model_before.named_parameters(remove_duplicate=False))
+    trained = {id(parameter) for parameter in _parameters(optimizer_before)}
+    if not any(id(parameter) in trained for parameter in before.values()):
+        raise ValueError(
+            "transfer_optimizer_state: expected model_before to be the model that optimizer_before "
+            "trained (got one of whose parameters it holds none); pass that model, not a "
+            "linearised copy of it"
+        )
     after = dict(model_after.named_parameters(remove_duplicate=False))
     index = {p: i for i, p in enumerate(_parameters(optimizer_after))}
     packed = optimizer_after.state_dict()

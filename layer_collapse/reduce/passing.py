@@ -108,6 +108,17 @@ def _reshaped(dim: int, before: Shape, after: Shape) -> tuple[int, int] | None:
     return None
 
 
+def written_size(node: fx.Node, dim: int) -> bool:
+    """Whether a view or reshape gives ``dim`` a size that is a number in the code, not -1."""
+    if str(getattr(node.target, "__name__", node.target)) not in ("view", "reshape"):
+        return False
+    sizes = [*node.args[1:], *node.kwargs.values()]
+    if len(sizes) == 1 and isinstance(sizes[0], Sequence):
+        sizes = list(sizes[0])
+    size = sizes[dim] if dim < len(sizes) else None
+    return type(size) is int and size != -1
+
+
 def _dims(given: Any, ndim: int) -> list[int] | None:
     """Dims as a call names them, counted from the front; None where they are not numbers."""
     given = list(given) if isinstance(given, Sequence) else [given]

@@ -143,7 +143,13 @@ class Float64(fx.Interpreter):
         kwargs = map_aggregate(kwargs, _as_float64)
         target = "double" if n.op == "call_method" and n.target in _CASTS else n.target
         with torch.no_grad():
-            return getattr(self, n.op)(target, args, kwargs)
+            result = getattr(self, n.op)(target, args, kwargs)
+        # Made of no floating-point value (zeros of a size), so of the default dtype.
+        lower = isinstance(result, Tensor) and result.dtype in _LOWER
+        if lower and n.op in ("call_function", "call_method"):
+            given = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            return result if any(leaf.is_floating_point() for leaf in given) else wide(result)
+        return result
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         return call(self.fetch_attr(target), args, kwargs)

@@ -32,7 +32,9 @@ _FORMATS = {
     )
 }
 _LONGEST = 1000  # characters: looking for the owners of a path takes their square
-_PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", re.ASCII)
+# No character that could end the quotes around a name in the code that torch.fx writes.
+_PART = r"[A-Za-z0-9_]([A-Za-z0-9_ -]*[A-Za-z0-9_-])?"
+_PATH = re.compile(rf"{_PART}(\.{_PART})*", re.ASCII)
 
 
 def require(condition: bool, problem: str) -> None:
@@ -122,10 +124,11 @@ def decode(value: Any, nodes: Mapping[str, Any]) -> Any:
 def graph_to_recipe(module: fx.GraphModule) -> list[dict[str, Any]]:
     """The nodes of a graph; ValueError names the first that is not registered."""
     require(type(module.graph._codegen) is CodeGen, "a graph with its own calling convention")
-    return [_node_to_recipe(node) for node in module.graph.nodes]
+    return [node_to_recipe(node) for node in module.graph.nodes]
 
 
-def _node_to_recipe(node: fx.Node) -> dict[str, Any]:
+def node_to_recipe(node: fx.Node) -> dict[str, Any]:
+    """One node as JSON values; ValueError where what it calls or holds is not registered."""
     target = node.target
     if node.op == "call_function":
         known = _hashable(target) and target in registry.FUNCTION_NAMES

@@ -68,11 +68,16 @@ FUNCTIONS: Mapping[str, Any] = _functions()
 FUNCTION_NAMES: Mapping[Any, str] = {f: name for name, f in reversed(list(FUNCTIONS.items()))}
 
 _CONV = """in_channels out_channels kernel_size stride padding dilation groups bias padding_mode"""
+_MOST = 1000  # layers of a recurrent module
 _PARTS = ("merged", "first", "second")  # of a RingConv, each a convolution
 
 
 def _has(name: str) -> Callable[[nn.Module], bool]:
-    return lambda module: getattr(module, name, None) is not None
+    def has(module: nn.Module) -> bool:
+        value = getattr(module, name, None)
+        return value is not None and value is not False  # recurrent modules have a flag instead
+
+    return has
 
 
 def _of_part(part: str, field: str) -> Callable[[nn.Module], Any]:
@@ -96,6 +101,7 @@ _NORM = "num_features eps momentum affine track_running_stats"
 _MAX_POOL = "kernel_size stride padding dilation return_indices ceil_mode"
 _AVG_POOL_1D = "kernel_size stride padding ceil_mode count_include_pad"
 _AVG_POOL = _AVG_POOL_1D + " divisor_override"
+_RECURRENT = "input_size hidden_size num_layers bias batch_first dropout bidirectional"
 _ATTENTION = """embed_dim num_heads dropout mha_bias add_bias_kv add_zero_attn kdim vdim
     batch_first"""
 
@@ -138,10 +144,20 @@ _FIELDS: Mapping[str, tuple[type[nn.Module], ...]] = {
         *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
     ),
     "size scale_factor mode align_corners": (nn.Upsample,),
-    "padding": (nn.ZeroPad1d, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d),
+    "size scale_factor": (nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
+    "padding": (
+        *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
+        *(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+        *(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+        *(nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+    ),
+    "padding value": (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
     "upscale_factor": (nn.PixelShuffle,),
     "downscale_factor": (nn.PixelUnshuffle,),
     "groups": (nn.ChannelShuffle,),
+    _RECURRENT: (nn.GRU,),
+    _RECURRENT + " nonlinearity": (nn.RNN,),
+    _RECURRENT + " proj_size": (nn.LSTM,),
     _ATTENTION: (nn.MultiheadAttention,),
     "channels channel_dim": (AffineGate,),
     "value_shape": (ConstantBias,),
@@ -161,14 +177,15 @@ def _kinds() -> dict[str, tuple[str, ...]]:
     table = {
         "bool": """bias mha_bias inplace affine track_running_stats elementwise_affine ceil_mode
             return_indices count_include_pad add_bias_kv add_zero_attn batch_first
-            scale_grad_by_freq""",
+            scale_grad_by_freq bidirectional""",
         "int": """in_features out_features in1_features in2_features in_channels out_channels groups
             num_parameters num_features num_groups num_channels num_embeddings embedding_dim
             start_dim end_dim embed_dim num_heads kdim vdim upscale_factor downscale_factor channels
-            channel_dim step""",
-        "float": "negative_slope alpha beta threshold min_val max_val p dropout k norm_type",
+            channel_dim step input_size hidden_size proj_size""",
+        "few": "num_layers",
+        "float": "negative_slope alpha beta threshold min_val max_val p dropout k norm_type value",
         "sizes": "kernel_size dilation output_padding normalized_shape value_shape shape",
-        "text": "approximate padding_mode mode",
+        "text": "approximate padding_mode mode nonlinearity",
         "none int": "dim padding_idx divisor_override batch",
         "none float": "eps momentum max_norm",
         "none sizes": "output_size size unflattened_size stride",
@@ -190,6 +207,7 @@ def fits(field: str, value: Any) -> bool:
         "none": lambda v: v is None,
         "bool": lambda v: type(v) is bool,
         "int": lambda v: type(v) is int,
+        "few": lambda v: type(v) is int and 0 < v <= _MOST,  # the constructor makes each of them
         "float": lambda v: type(v) in (int, float),
         "text": lambda v: type(v) is str,
         "sizes": lambda v: (

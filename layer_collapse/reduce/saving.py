@@ -55,6 +55,27 @@ def save_folded(
     write_atomically(path, to_bytes(stored, header))
 
 
+def unsavable(module: fx.GraphModule) -> list[str]:
+    """Why :func:`save_folded` would refuse the nodes or modules of a graph: a sentence for each.
+
+    It looks at no tensor, so that it costs nothing to ask before a long fold.
+    """
+    problems = []
+    for node in module.graph.nodes:
+        if node.meta.get("identity"):  # folding takes it out
+            continue
+        path = str(node.target)
+        try:
+            recipe.node_to_recipe(node)
+            if node.op in ("call_module", "get_attr"):
+                recipe.check_path(path)
+            if node.op == "call_module":
+                recipe.module_to_recipe(path, module.get_submodule(path))
+        except ValueError as error:
+            problems.append(str(error))
+    return list(dict.fromkeys(problems))
+
+
 def load_folded(path: str | os.PathLike[str]) -> fx.GraphModule:
     """Rebuild a folded model, on the CPU and in evaluation mode.
 

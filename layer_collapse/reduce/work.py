@@ -16,8 +16,9 @@ from torch.nn.utils import parametrize
 
 from ..graph import call_counts, carries_data, shape_of, submodule
 from . import proof
+from .aliasing import writes_into
 from .float64 import is_quantised
-from .holdings import remove_dead, tensors, tied, writes_into
+from .holdings import remove_dead, tensors, tied
 from .latency import Stopwatch
 from .plan import Plan, Refused, Slower
 from .proof import Call

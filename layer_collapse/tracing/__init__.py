@@ -5,13 +5,13 @@ from __future__ import annotations
 import warnings
 from typing import Any, Literal
 
-import torch
 from torch import fx, nn
 
 from ..measure.rectifiers import module_kind
 from .by_export import exported
 from .by_fx import Untraceable, symbolic
-from .inputs import ExampleInputs, TraceError, bind, first_line, record_shapes
+from .hooks import LOST, agrees, hooked, is_patched, refusal, without_hooks
+from .inputs import ExampleInputs, TraceError, bind, check_traceable, first_line, record_shapes
 from .unrecognised import unrecognised
 
 
@@ -29,7 +29,8 @@ def trace(
     modules with forwards that torch.fx does not follow are called as a whole; a warning names them
     and ``meta["hidden"]`` holds the reasons by path: rectifiers in them are not seen. Activations
     that are rectifiers by what they compute but not by name (``clamp(min=0)``, GELUs written out)
-    are named there as well.
+    are named there as well, and so are modules with forward hooks that the graph does not call as a
+    whole: only what such a hook changes in the values is part of the graph.
 
     Args:
         model: any traceable module, in any mode; it is left as it is.
@@ -39,21 +40,50 @@ def trace(
         by: this way or none.
 
     Raises:
-        TraceError: nothing can follow the model's own forward.
+        TraceError: nothing can follow the model's own forward, or what hooks (or a forward that was
+            replaced on the object) do to its output.
     """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TraceError(
-            f"cannot trace {type(model).__name__}: a scripted module has no forward in Python; "
-            "pass the module that was scripted"
-        )
+    check_traceable(model)
     args, kwargs = bind(example_inputs)
+    hooks = hooked(model)
+    suspect = example_inputs is not None and (bool(hooks) or is_patched(model))
+    # Only a comparison tells hooks that watch, and are not called, from those that compute.
+    with without_hooks([*hooks.values()] if suspect else []):
+        module = _followed(model, args, kwargs, by)
+        result = _completed(module, model, example_inputs)
+    if suspect and not agrees(model, args, kwargs, result):
+        try:
+            module = _followed(model, args, kwargs, by)
+            result = _completed(module, model, example_inputs)
+        except TraceError as error:
+            raise refusal(model, hooks) from error
+        if not agrees(model, args, kwargs, result):
+            raise refusal(model, hooks)
+    called = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
+    for path in hooks.keys() - called:
+        place = path or type(model).__name__
+        module.meta["hidden"].setdefault(place, f"{place!r} {LOST}")
+    for path in called:
+        if isinstance(module.get_submodule(path), nn.DataParallel):
+            told = f"{path!r} (DataParallel) is called as a whole; put its .module there"
+            module.meta["hidden"].setdefault(path, told)
+    return module
+
+
+def _followed(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    by: Literal["fx", "export"] | None,
+) -> fx.GraphModule:
+    """The graph by the first way that can follow the model; how, and what it hides, in its meta."""
     hidden: dict[str, str] = {}
     module, how = None, "fx"
     try:
         if by != "export":
             module = symbolic(model, args, kwargs)
     except Untraceable as failure:
-        if by == "fx" or example_inputs is None:
+        if by == "fx" or not (args or kwargs):
             raise
         refused = failure
     if module is None:
@@ -68,16 +98,20 @@ def trace(
             module, hidden = _around(model, args, kwargs, Untraceable(both, refused.path))
     for path, reason in unrecognised(module).items():
         hidden.setdefault(path, reason)
-        warnings.warn(reason, stacklevel=2)
+        warnings.warn(reason, stacklevel=3)
     module.meta["traced_by"], module.meta["hidden"] = how, hidden
+    return module
+
+
+def _completed(module: fx.GraphModule, model: nn.Module, example_inputs: ExampleInputs) -> Any:
+    """Compile the graph, record shapes, copy the modes; what it gives for the example inputs."""
     module.graph.lint()
     module.recompile()
-    if example_inputs is not None:
-        record_shapes(module, example_inputs)
+    result = None if example_inputs is None else record_shapes(module, example_inputs)
     flags = {path: own.training for path, own in model.named_modules()}
     for path, submodule in module.named_modules():  # GraphModule.train() reaches what is its own
         submodule.training = flags.get(path, model.training)
-    return module
+    return result
 
 
 def _around(
@@ -101,5 +135,5 @@ def _around(
             failure = another
             continue
         for reason in opaque.values():
-            warnings.warn(reason, stacklevel=4)
+            warnings.warn(reason, stacklevel=5)
         return module, opaque

@@ -9,6 +9,7 @@ the first dim of every input stays free, all other sizes are those of the exampl
 from __future__ import annotations
 
 import inspect
+import operator
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -20,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils._pytree import tree_map
 
 from .by_fx import chain_inplace_rectifiers
-from .inputs import training_mode
+from .inputs import training_mode, without_cache
 from .lifting import lift_layers, liftable
 from .plain import is_check, operator_name, plain_call
 
@@ -104,6 +105,8 @@ class _Rebuilt:
         inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
         for node, spec in zip(inputs, program.graph_signature.input_specs, strict=True):
             self._placeholder(node, spec)
+        for made in list(self.graph.nodes):
+            self._check_constant(made)
         for node in program.graph.nodes:
             if node in self.constants:
                 self._constant(node)
@@ -130,6 +133,15 @@ class _Rebuilt:
             owner, _, name = path.rpartition(".")
             self.root[path] = getattr(self.modules[owner], name)
             self.paths[node] = path
+
+    def _check_constant(self, made: fx.Node) -> None:
+        """Let the graph refuse another value than the example's where it knows that one only."""
+        if not made.args:
+            return
+        same = self.graph.call_function(operator.eq, (made, made.args[0]))
+        told = f"expected {made.target} = {made.args[0]!r}, for which this graph was traced; "
+        told += "trace or fold again with an example of the other value"
+        self.graph.call_function(torch._assert, (same, told))
 
     def _constant(self, node: fx.Node) -> None:
         value = self.constants[node]
@@ -212,12 +224,16 @@ def _structure(spec: Any, outputs: list[Any]) -> Any:
 def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     """The graph of a model's evaluation mode, by torch.export.
 
+    A language model whose config says ``use_cache`` is traced without: its graph does not return
+    past keys and values, unless the example itself says ``use_cache=True``. Arguments that are no
+    tensors must be those of the example: with any other value the graph raises an AssertionError.
+
     Raises:
         Exception: whatever torch.export says about a forward that it cannot follow.
     """
     if any(isinstance(value, list | tuple | Mapping) for value in (*args, *kwargs.values())):
         raise ValueError("its inputs hold a list or a mapping; pass tensors one by one")
-    with training_mode(model, False), torch.no_grad():
+    with training_mode(model, False), without_cache(model), torch.no_grad():
         rebuilt = _Rebuilt(_program(model, args, kwargs), model)
     used = {str(n.target) for n in rebuilt.graph.nodes if n.op in ("get_attr", "call_module")}
     root = {path: value for path, value in rebuilt.root.items() if path in used}

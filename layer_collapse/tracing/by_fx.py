@@ -34,7 +34,7 @@ class Untraceable(TraceError):
 class _Tracer(fx.Tracer):
     """torch.fx's tracer that stops at torch's own modules, at gates and at ``leaves``."""
 
-    def __init__(self, leaves: Collection[str]) -> None:
+    def __init__(self, leaves: Collection[str] = ()) -> None:  # unpickling gives none
         super().__init__()
         self.leaves = leaves
         self.stopped_in: str | None = None
@@ -127,6 +127,9 @@ def _trace_once(
     else:
         _drop_concrete_arguments(graph, concrete)
         chain_inplace_rectifiers(tracer.root, graph)
+        for node in graph.nodes:
+            if isinstance(node.type, str):  # annotations of the future, which fx does not pickle
+                node.type = None
         return fx.GraphModule(tracer.root, graph, type(model).__name__)
     finally:
         for name in set(vars(model)) - attributes:  # tensors that forward creates: the graph's now

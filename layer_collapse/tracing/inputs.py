@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
+from torch.utils._pytree import tree_leaves
 
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any] | None
 
@@ -24,6 +25,23 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
+def check_traceable(model: nn.Module) -> None:
+    """Refuse forms of a model in which its layers cannot be seen.
+
+    Raises:
+        TraceError: it is scripted, was made by torch.export, or is wrapped.
+    """
+    instead = None
+    if isinstance(model, torch.jit.ScriptModule):
+        instead = "a scripted module has no forward in Python; pass the module that was scripted"
+    elif isinstance(model, fx.GraphModule) and "train" in vars(model):
+        instead = "torch.export made it of operators that are no layers; pass the model itself"
+    elif isinstance(model, nn.DataParallel):
+        instead = "it is a wrapper around the model; pass its .module"
+    if instead is not None:
+        raise TraceError(f"cannot trace {type(model).__name__}: {instead}")
+
+
 @contextmanager
 def training_mode(model: nn.Module, mode: bool) -> Iterator[None]:
     """Every module of ``model`` in the given mode; afterwards each is as it was."""
@@ -34,6 +52,24 @@ def training_mode(model: nn.Module, mode: bool) -> Iterator[None]:
     finally:
         for module, flag in before.items():
             module.training = flag
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Language models do not return the keys and values that they cache for the next token.
+
+    That is what their ``config.use_cache`` asks for where a call does not say ``use_cache``; every
+    such config has its own value again afterwards.
+    """
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    asking = [config for config in configs if getattr(config, "use_cache", None) is True]
+    for config in asking:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in asking:
+            config.use_cache = True
 
 
 def bind(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -61,10 +97,17 @@ def owner_path(node: fx.Node) -> str:
     return str(paths[-1]) if paths else ""
 
 
+def _memory(value: Any) -> set[int]:
+    """Addresses of the memory of all plain tensors in a value."""
+    leaves = (leaf for leaf in tree_leaves(value) if type(leaf) in (Tensor, nn.Parameter))
+    return {leaf.untyped_storage().data_ptr() for leaf in leaves} - {0}
+
+
 class _Shapes(fx.Interpreter):
     """torch's ShapeProp, but for the traceback that it prints where the model does not run.
 
-    Values without a tensor in them (sizes) are noted as they are.
+    Values without a tensor in them (sizes) are noted as they are; so are, by number, the inputs of
+    a node in whose memory its value lies.
     """
 
     def run_node(self, n: fx.Node) -> Any:
@@ -78,6 +121,9 @@ class _Shapes(fx.Interpreter):
             return _extract_tensor_metadata(value)
 
         meta = map_aggregate(result, described)
+        own = _memory(result)
+        inputs = map(_memory, map(self.env.__getitem__, n.all_input_nodes))
+        n.meta["shares_memory"] = tuple(i for i, theirs in enumerate(inputs) if own & theirs)
         n.meta.pop("plain_value", None)
         if tensors:
             n.meta["tensor_meta"] = meta

@@ -482,3 +482,27 @@ def test_values_that_are_not_finite_and_scripted_modules() -> None:
     scripted = torch.jit.script(nn.Sequential(L(4, 6), nn.ReLU()))
     with pytest.raises(TraceError, match="pass the module that was scripted"):
         fold(scripted, torch.randn(3, 4))
+
+
+class Factories(nn.Module):
+    """Floating-point tensors that forward makes from sizes and integers alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(5, 6), nn.Linear(6, 2)
+        self.rnn = nn.GRU(2, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length = x.size(0), x.size(1)
+        y = torch.bmm(torch.ones(n, 7, 7).tril(), self.b(self.a(x)))
+        y = torch.bmm(torch.full((n, 7, 7), 0.5), y) + torch.eye(7)[:, :2]
+        y = torch.bmm((torch.arange(7) / length).expand(n, 7, 7), y)
+        return self.rnn(y, torch.zeros(1, n, 3))[0]
+
+
+def test_tensors_that_forward_makes_are_float64_in_the_proof() -> None:
+    model, x = Factories().eval(), torch.randn(2, 7, 5)
+    result = fold(model, x)
+    assert len(result.report.folds) == 1
+    torch.testing.assert_close(result.model(x), model(x))

@@ -483,3 +483,35 @@ def test_a_gate_behind_a_sum_makes_its_channels_constant() -> None:
     result = fold(model.double(), x, without=MERGES)
     assert shape(result, "a")[0] == shape(result, "b")[0] == 2
     assert torch.allclose(result.model(x), model(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("shaped", "leave"),
+    [
+        (lambda y: y.view(-1, 6 * 4 * 4), False),
+        (lambda y: torch.reshape(y, (y.size(0), 96)), False),
+        (lambda y: y.view(y.size(0), 6, -1).flatten(1), False),
+        (lambda y: y.view(y.size(0), -1), True),
+        (lambda y: y.flatten(1), True),
+    ],
+)
+def test_sizes_that_are_written_out_keep_channels_and_are_named(
+    shaped: Callable[[Tensor], Tensor], leave: bool
+) -> None:
+    class Viewed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.act, self.fc = nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Linear(96, 4)
+            with torch.no_grad():
+                self.conv.weight[2:4] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(shaped(self.act(self.conv(x))))
+
+    report = fold(Viewed().eval(), torch.randn(2, 3, 6, 6)).report
+    assert [f.rule for f in report.folds] == (["neurons"] if leave else [])
+    reasons = [r.reason for r in report.refusals if r.rule == "neurons"]
+    told = "writes out their number; write flatten(1) instead"
+    assert all(told in reason for reason in reasons)
+    assert bool(reasons) is not leave

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -457,3 +458,56 @@ def test_padding_stays_where_others_read_or_pad_otherwise() -> None:
         assert set(moved.moved) == pairs
     with pytest.raises(ValueError, match="border must be 'keep' or 'move'"):
         linearize(model, scan(model, [x]), x, border="crop")
+
+
+def read_before(net: Net, x: Tensor) -> Tensor:
+    hidden = net.fc1(x)
+    view = hidden.flatten(1)
+    return net.fc2(net.act(hidden)) + view.sum()
+
+
+def read_after(net: Net, x: Tensor) -> Tensor:
+    hidden = net.fc1(x)
+    hidden.view(-1, 4).relu_()
+    return net.fc2(hidden)
+
+
+def scaled_in_place(net: Net, x: Tensor) -> Tensor:
+    hidden = net.fc1(x)
+    hidden.view(-1, 4).mul_(2)
+    return net.fc2(net.act(hidden))
+
+
+@pytest.mark.parametrize(
+    ("forward", "kept", "shapes"),
+    [
+        (read_before, "act", True),
+        (read_before, "act", False),
+        (read_after, ":relu", True),
+        (scaled_in_place, None, True),
+    ],
+)
+def test_what_is_written_in_place_and_read_through_a_view_is_written_still(
+    forward: Callable[[Net, Tensor], Tensor], kept: str | None, shapes: bool
+) -> None:
+    model = type("Views", (Net,), {"forward": forward})(nn.ReLU(inplace=True), BOTH)
+    x = samples()
+    result = linearize(model, scan(model, [x], x[:3]), x[:3] if shapes else None)
+    assert same_bits(logits(result.model, x), logits(model, x))
+    assert set(result.kept) == ({kept} if kept else set())
+    assert all("reads through a view" in reason for reason in result.kept.values())
+    if kept:
+        folded = fold(result.model, x[:3]).model
+        torch.testing.assert_close(logits(folded, x), logits(model, x), rtol=1e-5, atol=1e-4)
+
+
+def test_the_ordinary_use_of_rectifiers_in_place_is_linearised() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten()),
+        nn.Linear(64, 2),
+    ).eval()
+    with torch.no_grad():
+        model[1].bias += FAR
+    x = torch.randn(8, 3, 6, 6)
+    assert linearize(model, scan(model, [x], x[:2]), x[:2]).exact == ("2",)

@@ -136,3 +136,14 @@ def test_user_errors_change_nothing() -> None:
         transfer_optimizer_state(lbfgs, model, folded, torch.optim.LBFGS(folded.parameters()))
     with pytest.raises(ValueError, match="got none of them"):
         transfer_optimizer_state(before, model, folded, optimizer("adam", network()))
+
+
+def test_a_copy_of_the_trained_model_is_refused() -> None:
+    model = network()
+    before = optimizer("adam", model)
+    train(model, before)
+    folded = fold(model, torch.randn(2, 4)).model
+    after = optimizer("adam", folded)
+    with pytest.raises(ValueError, match="expected model_before to be the model that optimizer_be"):
+        transfer_optimizer_state(before, copy.deepcopy(model), folded, after)
+    assert not after.state

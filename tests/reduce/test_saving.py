@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from layer_collapse.reduce import registry, saving
 from layer_collapse.reduce.fold import fold
 from layer_collapse.reduce.gate import AffineGate, ConstantBias, FixedSize
+from layer_collapse.reduce.recipe import check_path
 from layer_collapse.reduce.ring import RingConv
 from layer_collapse.reduce.saving import load_folded, save_folded
 
@@ -137,6 +138,11 @@ def test_every_registered_module_can_be_rebuilt(tmp_path: Path, name: str) -> No
         "Unflatten": lambda: nn.Unflatten(1, (2, 2)),
         "LocalResponseNorm": lambda: nn.LocalResponseNorm(2),
         "Upsample": lambda: nn.Upsample(scale_factor=2.0),
+        "GRU": lambda: nn.GRU(4, 4, 2, bias=False, batch_first=True),
+        "RNN": lambda: nn.RNN(4, 4, nonlinearity="tanh"),
+        "LSTM": lambda: nn.LSTM(4, 4, 2, dropout=0.1, bidirectional=True, proj_size=2),
+        "UpsamplingBilinear2d": lambda: nn.UpsamplingBilinear2d((4, 6)),
+        "UpsamplingNearest2d": lambda: nn.UpsamplingNearest2d(scale_factor=2),
         "MultiheadAttention": lambda: nn.MultiheadAttention(4, 2, kdim=6, bias=False),
     }
     kind, fields = registry.MODULES[name]
@@ -145,8 +151,8 @@ def test_every_registered_module_can_be_rebuilt(tmp_path: Path, name: str) -> No
     defaults = ("groups", "dilation", "output_padding", "start_dim", "end_dim", "num_parameters")
     given = {v: required.get(v, 4) for v in sizes if v not in defaults}
     given |= {v: 2 for v in ("kernel_size", "output_size") if v in fields}
-    if name in ("ChannelShuffle", "ZeroPad1d", "ZeroPad2d", "ReflectionPad2d", "ReplicationPad2d"):
-        given = {fields[0]: 2}
+    if name == "ChannelShuffle" or "Pad" in name:
+        given = {fields[0]: 2, **({"value": 0.5} if "value" in fields else {})}
     if name == "PReLU":
         given = {"num_parameters": 4}
     module = special[name]() if name in special else kind(**given)
@@ -162,6 +168,44 @@ def test_every_registered_module_can_be_rebuilt(tmp_path: Path, name: str) -> No
     for field in fields:
         if field not in registry.DERIVED:
             assert getattr(loaded, field) == getattr(module, field), field
+
+
+class Named(nn.Module):
+    """Paths that are no Python names, around modules whose results are several values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        block = nn.Sequential()
+        block.add_module("block1-0", nn.Linear(4, 6))
+        block.add_module("1 to-two", nn.LSTM(6, 4, batch_first=True))
+        self.blocks, self.pad = block, nn.ConstantPad1d(1, 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = getattr(self.blocks, "1 to-two")(getattr(self.blocks, "block1-0")(x))[0]
+        return self.pad(y)
+
+
+def test_paths_that_are_no_names_and_recurrent_modules_survive(tmp_path: Path) -> None:
+    model, x = Named().eval(), torch.randn(2, 3, 4)
+    save_folded(fold(model, x).model, tmp_path / "m.safetensors")
+    loaded = load_folded(tmp_path / "m.safetensors")
+    assert torch.equal(loaded(x), model(x))
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    loaded(x).sum().backward()
+    assert all(p.grad is not None for p in loaded.parameters())
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *('a"b', "a'b", "a\\b", "a\nb", "a b\n", "-a", " a", "a ", "a(b)", "a..b", "", "\u00e4"),
+        *("b.__class__", "b.__private", "b.forward", "b.graph"),
+    ],
+)
+def test_paths_that_reach_further_are_refused(path: str) -> None:
+    with pytest.raises(ValueError, match="path"):
+        check_path(path)
 
 
 # Refused when saving
@@ -184,7 +228,7 @@ def _hooked() -> nn.Module:
     ("model", "message"),
     [
         (nn.Sequential(Custom(3, 3)), "'0' is a Custom, which is not registered"),
-        (nn.Sequential(nn.LSTM(3, 3)), "'0' is a LSTM, which is not registered"),
+        (nn.Sequential(nn.LSTMCell(3, 3)), "'0' is a LSTMCell, which is not registered"),
         (_hooked(), "'0' has hooks"),
         (nn.Sequential(nn.Linear(3, 3, dtype=torch.complex64)), "complex64"),
     ],
@@ -364,6 +408,16 @@ def test_forged_recipes_load_or_are_refused(saved: bytes, tmp_path: Path, data) 
     assert "\n" not in sentence
 
 
+RECURRENT = {
+    "input_size": 4,
+    "hidden_size": 4,
+    "bias": True,
+    "batch_first": True,
+    "dropout": 0.0,
+    "bidirectional": False,
+}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -376,6 +430,12 @@ def test_forged_recipes_load_or_are_refused(saved: bytes, tmp_path: Path, data) 
         (lambda r: r["modules"]["stem"]["fields"].update(in_features=2**50), "does not fit|built"),
         (lambda r: r["modules"]["stem"]["fields"].update(in_features=6), "does not fit"),
         (lambda r: r["modules"]["stem"]["fields"].update(bias="no"), "has bias = 'no'"),
+        (
+            lambda r: r["modules"].update(
+                stem={"type": "GRU", "fields": {**RECURRENT, "num_layers": 10**9}}
+            ),
+            "has num_layers = 1000000000",
+        ),
         (lambda r: r["modules"].update({"a.forward": r["modules"]["stem"]}), "part of nn.Module"),
         (lambda r: r["modules"].update({"stem.a": r["modules"]["stem"]}), "inside a module"),
         (lambda r: r["tensors"]["stem.bias"].update(shape=[2**50]), "another shape"),

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from layer_collapse.graph import without_cache
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -76,7 +78,6 @@ def _opt(layers: int, hidden: int, **more: Any) -> nn.Module:
         num_attention_heads=hidden // 32,
         ffn_dim=4 * hidden,
         activation_function="relu",
-        use_cache=False,
         **more,
     )
     return transformers.OPTForCausalLM(config)
@@ -157,6 +158,6 @@ def inputs(name: str, full: bool = False, batch: int = 2) -> Tensor | dict[str, 
 
 
 def call(model: nn.Module, example: Tensor | dict[str, Tensor]) -> Any:
-    """Run a model on example inputs."""
-    with torch.no_grad():
+    """Run a model on example inputs; it returns no cache, as no traced graph does."""
+    with torch.no_grad(), without_cache(model):
         return model(**example) if isinstance(example, dict) else model(example)
