@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..graph import depth, rectifier_nodes
+from ..tracing.hooks import without_hooks
 from .gate import ConstantBias
 from .holdings import sharing_copy
 from .latency import Latency
@@ -94,7 +95,9 @@ def _macs(module: fx.GraphModule, inputs: list[Any]) -> int:
     try:
         try:
             shapes = FakeTensorMode(allow_non_fake_inputs=True)
-            counter = _counted(sharing_copy(module), inputs, shapes)
+            copied = sharing_copy(module)
+            with without_hooks(list(copied.modules())):  # which would meet tensors without values
+                counter = _counted(copied, inputs, shapes)
         except Exception:  # modules that look at their values: they are run
             counter = _counted(module, copy.deepcopy(inputs), nullcontext())
     finally:

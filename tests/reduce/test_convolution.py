@@ -472,7 +472,9 @@ def test_circular_padding_goes_around_once_at_most() -> None:
     result = fold(model, grid(2, 5, 6))
     assert made(result) == []
     (refused,) = result.report.refusals
-    assert "would pad 5 pixels by 6 in mode 'circular', and torch goes around once" in refused.reason
+    assert (
+        "would pad 5 pixels by 6 in mode 'circular', and torch goes around once" in refused.reason
+    )
     with pytest.raises(RuntimeError, match="wrapping around more than once"):
         nn.functional.pad(grid(2, 5, 6), (6, 6, 6, 6), mode="circular")
     larger = fold(model, grid(2, 6, 6))
