@@ -145,6 +145,9 @@ def test_gates_within_an_error_and_the_distance_to_the_original(folder: Path) ->
     content = json.loads(done.stdout)
     assert set(content["error"]) == set(content["linearized"]["approximate"]) != set()
     assert all(0 < error <= 0.9 for error in content["error"].values())
+    largest = content["max_error"]
+    assert largest.keys() == content["error"].keys()
+    assert all(error > 0 for error in largest.values())
     near = content["agreement"]
     assert (near["samples"], near["held_out"]) == (40, "others.npz")
     assert 0 < near["relative"] < 1
@@ -225,3 +228,33 @@ def test_what_cannot_be_saved_is_told_before_the_fold(folder: Path, monkeypatch,
         main(command)
     err = capsys.readouterr().err
     assert "'head.1' is a RReLU, which is not registered; unless it leaves the network" in err
+
+
+def test_padding_that_moves_is_named_and_its_change_measured(tmp_path: Path) -> None:
+    (tmp_path / "padded.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def build():\n"
+        "    torch.manual_seed(0)\n"
+        "    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(),\n"
+        "        nn.Conv2d(4, 4, 3, padding=1), nn.Flatten(), nn.Linear(256, 3))\n"
+        "    nn.init.constant_(net[0].bias, 9.0)\n"
+        "    return net\n"
+    )
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).random((12, 1, 8, 8), np.float32))
+    command = [sys.executable, "-m", "layer_collapse.cli", "fold", "--model", "padded:build"]
+    command += ["--data", "x.npz", "--out", "f.safetensors", "--always-fold", "--border"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    runs = {
+        border: subprocess.run(
+            [*command, border, *flags], cwd=tmp_path, capture_output=True, text=True, env=env
+        )
+        for border, flags in (("refuse", ["--json"]), ("move", ["--json"]))
+    }
+    kept, moved = (json.loads(done.stdout) for done in runs.values())
+    assert kept["moved"] == []
+    assert kept["agreement"]["relative"] < 1e-5
+    assert moved["moved"] == [["0", "2"]]
+    assert moved["agreement"]["relative"] > 1e-3
+    assert moved["fold"]["after"]["depth"] == kept["fold"]["after"]["depth"] - 1
+    told = subprocess.run([*command, "move"], cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert "the padding of '2' lies in front of '0' now: fine-tune" in told.stdout

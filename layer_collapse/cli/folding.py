@@ -23,6 +23,7 @@ from ..reduce.work import BORDERS
 from .console import log, print_json, results
 from .models import add_model_arguments, loaded, read_samples, scanned
 
+_MOVE = "move"  # the one remedy that is linearize's: it changes the function
 #: Largest relative difference to onnxruntime that float32 (and anything narrower) may show.
 _ONNX_LIMIT = {torch.float64: 1e-10, torch.float32: 1e-4}
 
@@ -70,9 +71,10 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument(
         "--border",
-        choices=BORDERS,
+        choices=(*BORDERS, _MOVE),
         default="biasmap",
-        help="what to do where zero padding makes a merge of two convolutions inexact",
+        help="what to do where zero padding makes a merge of two convolutions inexact; move: pad "
+        "in front of the first, which changes outputs at the border, so fine-tune what is saved",
     )
     parser.add_argument(
         "--no-proof", action="store_true", help="leave out the comparison end to end in float64"
@@ -102,14 +104,22 @@ def _fold(arguments: argparse.Namespace) -> int:
     if arguments.max_error is not None:
         fits = fit_gates(model, batches, example)
         fits = {name: fit for name, fit in fits.items() if fit.relative <= arguments.max_error}
-    linear = linearize(model, report, example, tolerance=arguments.tolerance, fits=fits)
+    moves = arguments.border == _MOVE
+    linear = linearize(
+        model,
+        report,
+        example,
+        tolerance=arguments.tolerance,
+        fits=fits,
+        border=_MOVE if moves else "keep",
+    )
     for problem in unsavable(linear.model):
         log(f"{problem}; unless it leaves the network, the folded model cannot be saved")
     example = example[: arguments.samples]
     result = fold(
         linear.model,
         example,
-        border=arguments.border,
+        border="biasmap" if moves else arguments.border,
         always_fold=arguments.always_fold,
         prove=not arguments.no_proof,
     )
@@ -125,7 +135,9 @@ def _fold(arguments: argparse.Namespace) -> int:
                 "entropy": report.to_dict(),
                 "linearized": {"exact": linear.exact, "approximate": linear.approximate},
                 "kept": linear.kept,
+                "moved": linear.moved,
                 "error": {name: fit.relative for name, fit in linear.fits.items()},
+                "max_error": {name: fit.max_error for name, fit in linear.fits.items()},
                 "agreement": {**vars(near), "held_out": arguments.held_out},
                 "fold": result.report.to_dict(),
                 "latency_ms": vars(latency),
@@ -137,7 +149,13 @@ def _fold(arguments: argparse.Namespace) -> int:
         gone_text = f"{len(gone)} of {len(report)} rectifiers left the network"
         lines = [str(report), gone_text]
         lines += [
-            f"{name}: error of its gate {fit.relative:.3g}" for name, fit in linear.fits.items()
+            f"{name}: error of its gate {fit.relative:.3g} of its output (root mean square), "
+            f"{fit.max_error:.3g} at most"
+            for name, fit in linear.fits.items()
+        ]
+        lines += [
+            f"the padding of {second!r} lies in front of {first!r} now: fine-tune"
+            for first, second in linear.moved
         ]
         lines += [str(result.report), _agreement_text(near, arguments.held_out)]
         lines.append(f"saved to {arguments.out}")
