@@ -230,7 +230,7 @@ def test_what_cannot_be_saved_is_told_before_the_fold(folder: Path, monkeypatch,
     assert "'head.1' is a RReLU, which is not registered; unless it leaves the network" in err
 
 
-def test_padding_that_moves_is_named_and_its_change_measured(tmp_path: Path) -> None:
+def test_padding_that_moves_is_named_and_its_change_measured(tmp_path, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
     (tmp_path / "padded.py").write_text(
         "import torch\nfrom torch import nn\n"
         "def build():\n"
@@ -241,20 +241,19 @@ def test_padding_that_moves_is_named_and_its_change_measured(tmp_path: Path) -> 
         "    return net\n"
     )
     np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).random((12, 1, 8, 8), np.float32))
-    command = [sys.executable, "-m", "layer_collapse.cli", "fold", "--model", "padded:build"]
-    command += ["--data", "x.npz", "--out", "f.safetensors", "--always-fold", "--border"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    runs = {
-        border: subprocess.run(
-            [*command, border, *flags], cwd=tmp_path, capture_output=True, text=True, env=env
-        )
-        for border, flags in (("refuse", ["--json"]), ("move", ["--json"]))
-    }
-    kept, moved = (json.loads(done.stdout) for done in runs.values())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def run(*argv: str) -> str:
+        command = ["fold", "--model", "padded:build", "--data", "x.npz", "--out", "f.safetensors"]
+        assert main([*command, "--always-fold", *argv]) == 0
+        out: str = capsys.readouterr().out
+        return out
+
+    kept, moved = (json.loads(run("--json", "--border", border)) for border in ("refuse", "move"))
     assert kept["moved"] == []
     assert kept["agreement"]["relative"] < 1e-5
     assert moved["moved"] == [["0", "2"]]
     assert moved["agreement"]["relative"] > 1e-3
     assert moved["fold"]["after"]["depth"] == kept["fold"]["after"]["depth"] - 1
-    told = subprocess.run([*command, "move"], cwd=tmp_path, capture_output=True, text=True, env=env)
-    assert "the padding of '2' lies in front of '0' now: fine-tune" in told.stdout
+    assert "the padding of '2' lies in front of '0' now: fine-tune" in run("--border", "move")
