@@ -136,10 +136,11 @@ def make_row(
 
 
 def combine(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per case from those of all passes: the pass of the middle value (the lower of two).
+    """One row per case from those of all passes: their median ``value``, of two the mean.
 
-    ``passes`` keeps the value of every pass, in order. Where there is more than one, ``spread``
-    becomes their range: it tells what may be believed, and is wider than that within a pass.
+    Times and ratio are those of the middle pass (the lower of two); ``passes`` keeps the value of
+    every pass, in order. Where there is more than one, ``spread`` becomes their range: it tells
+    what may be believed, and is wider than that within a pass.
     """
     passes: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
@@ -149,7 +150,9 @@ def combine(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         values = [row["value"] for row in same]
         middle = sorted(same, key=lambda row: row["value"])[(len(same) - 1) // 2]
         if len(same) > 1:
+            value, bar = statistics.median(values), middle["bar"]
             middle = middle | {"spread": [min(values), max(values)], "passes": values}
+            middle |= {"value": value, "holds": None if bar is None else within(value, bar)}
         combined.append(middle)
     return combined
 
