@@ -354,7 +354,7 @@ BAD: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "fold: no such folder": (
         ("fold", *MODEL, "--data", "x.npz", "--out", "nowhere/f"),
-        "No such file or directory",
+        "--out: there is no folder nowhere",
     ),
     "fold: no --out": (("fold", *MODEL, "--data", "x.npz"), "required: --out"),
     "fold: bad tolerance": (
