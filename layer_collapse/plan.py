@@ -100,9 +100,10 @@ def costs(job: Job) -> dict[str, Cost]:
         ),
         "select": Cost(
             holders,
-            # Counts, totals and sums along the buckets, each with one temporary. Not counted: of
-            # whole tensors up to a million keys per thread, however many the weights are.
-            peak=6 * histograms,
+            # Counts, totals and sums along the buckets, each with one temporary, and two that the
+            # sum over processes may still hold. Not counted: of whole tensors up to a million keys
+            # per thread, however many the weights are.
+            peak=8 * histograms,
             moved=passes * (weights + words + histograms) + 3 * (weights + words),
             flops=(passes + 1) * masked,
             reduced=passes * histograms + checks * _COUNT * job.rectifiers,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any] | None
 
@@ -138,7 +137,8 @@ def record_shapes(module: fx.GraphModule, example_inputs: ExampleInputs) -> Any:
     Returns:
         What it gives for the example inputs, which it gets a copy of.
     """
-    ordered = copy.deepcopy(ordered_inputs(module, example_inputs))
+    # Not deepcopy, which cannot copy tensors while others are made without values.
+    ordered = tree_map_only(Tensor, torch.clone, ordered_inputs(module, example_inputs))
     try:
         with torch.no_grad(), training_mode(module, False):
             return _Shapes(module).run(*ordered)

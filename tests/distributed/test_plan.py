@@ -139,7 +139,7 @@ def _runs(kind: str, optimizer_kind: str) -> None:
     assert len(sizes) == planned["select"].calls
     _close(sum(ops.moved.values()), planned["select"].moved)
     if kind == "fsdp":
-        _close(ops.peak, planned["select"].peak)
+        _close(ops.peak, planned["select"].peak, 0.3)  # 6 or 8 histograms: all-reduce lets go late
         _close(8 * sum(sizes), planned["select"].reduced)
 
     model(x).square().mean().backward()
