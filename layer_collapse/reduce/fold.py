@@ -315,8 +315,10 @@ def _prove_end_to_end(
             "fold: the folded model is wrong for another number of samples than the example's, so "
             "none is returned; keep what depends on that number out of layers that are constant"
         )
-    answers = (holds(growth) for growth in sizes.other_sizes(inputs, by)) if by else ()
-    return next((answer for answer in answers if answer is not None), True)
+    return all(
+        next((answer for answer in map(holds, ways) if answer is not None), True)
+        for ways in (sizes.other_sizes(inputs, by) if by else ())
+    )
 
 
 def _note(report: FoldReport, sample: Any, max_abs: float, max_rel: float) -> None:

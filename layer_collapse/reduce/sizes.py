@@ -57,23 +57,20 @@ def batch_growth(inputs: Any) -> Growth:
     return {(i, 0): 1 for i, t in enumerate(tensors) if t.ndim and len(t) == samples}
 
 
-def other_sizes(inputs: Any, by: int) -> Iterator[Growth]:
-    """What may be another size, the likeliest first; a model need not take any of them.
+def other_sizes(inputs: Any, by: int) -> Iterator[list[Growth]]:
+    """For every size that may be another: how it may grow; a model need not take any of it.
 
     Dims of one size are taken for the same thing (the sides of an image, the tokens of two
-    inputs); where that is not so, each is tried by itself.
+    inputs); for where that is not so, each by itself follows.
     """
     places: dict[int, list[tuple[int, int]]] = {}
     for number, tensor in enumerate(_tensors(inputs)):
         for dim in range(1, tensor.ndim):
             places.setdefault(tensor.shape[dim], []).append((number, dim))
     for found in places.values():
-        yield dict.fromkeys(found, by)
-    for found in places.values():
-        for dim in sorted({dim for _, dim in found}):
-            alone = [place for place in found if place[1] == dim]
-            if len(alone) < len(found):
-                yield dict.fromkeys(alone, by)
+        alone = [[p for p in found if p[1] == dim] for dim in sorted({dim for _, dim in found})]
+        ways = [found, *(alone if len(alone) > 1 else [])]
+        yield [dict.fromkeys(way, by) for way in ways]
 
 
 def step_of(graph: fx.GraphModule) -> int:
