@@ -9,6 +9,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from layer_collapse.paper.cells import Cell
+from layer_collapse.report.results import charts, tables
 from layer_collapse.report.results.summary import _ranks, summary
 
 SETTINGS = {"epochs": 8, "sizes": {"training": 10, "validation": 5, "test": 7, "side": 28}}
@@ -55,6 +56,7 @@ def test_rows_are_means_over_the_seeds_of_what_is_whole() -> None:
     assert drop["off"]["values"] == [3, 4]
     assert drop["test_accuracy"]["mean"] == 82.0
     assert drop["test_accuracy"]["deviation"] == pytest.approx(8**0.5)
+    assert drop["by_seed"] == {"0": 80.0, "1": 84.0}
     assert (drop["seeds"], drop["cut"]) == (3, 1)
     assert (drop["empty"], drop["one_sided"], drop["kinds"]) == (1, 1, {"constant": 1})
     assert drop["latency"]["1"]["ratio"]["mean"] == 0.5
@@ -81,3 +83,39 @@ def test_the_correlation_takes_every_layer_and_measurement() -> None:
     assert found["resnet20"]["correlation"]["magnitude"] == {"rho": -1.0, "points": 3}
     still = summary([(_cell("dense", 0, 0), _result(19, 80.0, entropy_history=history[:0]))])
     assert still["resnet20"]["correlation"]["dense"] is None
+
+
+def _rows(*cells: tuple[str, int, int, float]) -> dict[str, Any]:
+    return summary([(_cell(arm, asked, seed), _result(16, a)) for arm, asked, seed, a in cells])
+
+
+def test_differences_are_of_the_same_seed_and_count() -> None:
+    found = _rows(
+        ("continuous", 3, 0, 82.0),
+        ("continuous", 3, 1, 84.0),
+        ("continuous", 5, 0, 70.0),
+        ("drop", 3, 0, 81.0),
+        ("drop", 3, 1, 81.0),
+        ("entropy", 3, 1, 86.5),
+        ("entropy", 3, 2, 10.0),  # of a seed that continuous does not have
+        ("shallow", 3, 0, 80.0),
+        ("shallow", 3, 1, 86.0),
+        ("continuous-0.7", 3, 1, 86.5),
+    )
+    lines = tables._against(found).splitlines()
+    assert lines[-2] == (
+        "| resnet20 | 3 | -2.5 (1) | - | - | **+2.0 ± 1.4** (2) | +0.0 ± 2.8 (2) | +0.0 (1) |"
+    )
+    assert lines[-1] == "| resnet20 | 5 | - | - | - | - | - | - |"
+
+
+def test_variants_have_a_figure_of_their_own_where_some_were_run() -> None:
+    plain = _rows(("continuous", 3, 0, 82.0), ("continuous-0.7", 3, 0, 80.0))["resnet20"]
+    assert "ablations" not in tables.figures_of(plain)
+    more = _rows(("continuous", 3, 0, 82.0), ("continuous-loss", 3, 0, 80.0))["resnet20"]
+    assert "ablations" in tables.figures_of(more)
+    (axes,) = charts.CHARTS["ablations"]("resnet20", more).axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["continuous (3 off, 1 seed)", "continuous-loss (3 off, 1 seed)"]
+    (axes,) = charts.CHARTS["frontier"]("resnet20", more).axes
+    assert axes.get_legend_handles_labels()[1] == ["continuous"]

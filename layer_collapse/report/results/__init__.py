@@ -73,7 +73,7 @@ def write(out: Path, results: Results, version: str, quick: bool) -> Path:
     content = json.loads(files.to_json(content))  # what a reader of the file sees
     networks = content["networks"]
     for name, network in networks.items():
-        for key, title in tables.FIGURES.items():
+        for key, title in tables.figures_of(network).items():
             draw = partial(charts.captioned, charts.CHARTS[key], title, name, network)
             _store(out / f"{name}-{key}", draw)
     _store(out / "frontier", partial(charts.frontiers, networks))

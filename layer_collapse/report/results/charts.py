@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..canvas import INK, new_axes, say_nothing, style_axes
 from .layers import correlation, entropy, gates, sparsity
+from .summary import is_variant
 
 __all__ = ["CHARTS", "captioned", "frontiers"]
 
@@ -23,24 +24,23 @@ STYLES = {
     "drop": ("#2c8f5e", "D"),
     "shallow": ("#8a63d2", "P"),
     "dense": ("#7b8794", "*"),
+    "continuous-0.7": ("#c8384f", "v"),
+    "uniform": ("#8a7a5c", "<"),
+    "easier": ("#8a7a5c", ">"),
+    "tlc": ("#8a7a5c", "X"),
 }
+_POINTS = ("dense", "continuous-0.7", "uniform", "easier", "tlc")  # at one count alone: no line
+_VARIANT = "#8a7a5c"
 _DODGE = 0.05  # rectifiers by which arms stand beside each other, so that none hides another
-_OTHERS = ("v", "<", ">", "X", "h", "p", "d", "8")
-_OTHER = "#8a7a5c"
-
-
-def _style(arm: str, others: list[str]) -> tuple[str, str]:
-    return STYLES.get(arm) or (_OTHER, _OTHERS[others.index(arm) % len(_OTHERS)])
 
 
 def _frontier(axes: Axes, network: dict[str, Any]) -> None:
     """Test accuracy against rectifiers gone, one line per arm; what is cut stands at the foot."""
-    rows = [row for row in network["rows"] if row["arm"] in STYLES or "off" in row]
+    rows = [row for row in network["rows"] if row["arm"] in STYLES]
     arms = list(dict.fromkeys(row["arm"] for row in rows))
-    others = [arm for arm in arms if arm not in STYLES]
     for number, arm in enumerate(arms):
         aside = _DODGE * (number - (len(arms) - 1) / 2)
-        colour, marker = _style(arm, others)
+        colour, marker = STYLES[arm]
         own = sorted((r for r in rows if r["arm"] == arm and "off" in r), key=_off)
         cut = [row["asked"] for row in rows if row["arm"] == arm and row["cut"]]
         if own:
@@ -51,8 +51,9 @@ def _frontier(axes: Axes, network: dict[str, Any]) -> None:
                 xerr=[row["off"]["deviation"] or 0.0 for row in own],
                 color=colour,
                 marker=marker,
+                markerfacecolor="none" if arm == "continuous-0.7" else colour,
                 markersize=9 if arm == "dense" else 6,
-                lw=0 if arm in ("dense", *others) else 1.6,
+                lw=0 if arm in _POINTS else 1.6,
                 elinewidth=1.2,
                 capsize=2.5,
                 label=arm,
@@ -127,6 +128,46 @@ def frontiers(networks: dict[str, Any]) -> Figure:
     return figure
 
 
+def ablations(name: str, network: dict[str, Any]) -> Figure:
+    """Test accuracy of the variants at the number of rectifiers that they were asked for."""
+    variants = [row for row in network["rows"] if is_variant(row["arm"]) and "off" in row]
+    asked = {row["asked"] for row in variants}
+    rows = [
+        row
+        for row in network["rows"]
+        if row["arm"] in ("continuous", "drop", "entropy")
+        and row["asked"] in asked
+        and "off" in row
+    ] + variants
+    figure, axes = new_axes(7.2, max(2.2, 1.0 + 0.3 * len(rows)))
+    if not variants:
+        return say_nothing(figure, axes, "no variant was run")
+    for y, row in enumerate(rows):
+        colour, marker = STYLES.get(row["arm"], (_VARIANT, "o"))
+        accuracy = row["test_accuracy"]
+        axes.plot(accuracy["values"], [y] * len(accuracy["values"]), "|", color=colour, ms=9)
+        axes.errorbar(
+            accuracy["mean"],
+            y,
+            xerr=accuracy["deviation"] or 0.0,
+            color=colour,
+            marker=marker,
+            capsize=2.5,
+        )
+    dense = next((r for r in network["rows"] if r["arm"] == "dense" and "off" in r), None)
+    if dense is not None:
+        axes.axvline(dense["test_accuracy"]["mean"], color=STYLES["dense"][0], ls=(0, (5, 2)))
+    names = [
+        f"{row['arm']} ({_off(row):.3g} off, {row['seeds']} seed{'s' * (row['seeds'] > 1)})"
+        for row in rows
+    ]
+    axes.set_yticks(np.arange(len(rows)), names)
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.set_xlabel("test accuracy (%): each seed, mean, deviation; dashed: dense")
+    return figure
+
+
 def latency(name: str, network: dict[str, Any]) -> Figure:
     """Time of the folded networks against the whole one, at batch 1 and 64."""
     rows = [row for row in network["rows"] if "off" in row]
@@ -181,6 +222,7 @@ def wrapped(text: str, width: int) -> str:
 
 CHARTS: dict[str, Callable[[str, dict[str, Any]], Figure]] = {
     "frontier": frontier,
+    "ablations": ablations,
     "entropy": entropy,
     "correlation": correlation,
     "sparsity": sparsity,

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ...paper.cells import Cell, rectifiers_off
 from ...paper.networks import NETWORKS, Sizes
 
-__all__ = ["summary"]
+__all__ = ["is_variant", "summary"]
 
 Results = Sequence[tuple[Cell, dict[str, Any]]]
 
@@ -26,10 +26,15 @@ def summary(results: Results) -> dict[str, Any]:
     return {name: _network(name, found) for name, found in networks.items()}
 
 
+def is_variant(arm: str) -> bool:
+    """Whether it is another arm with one choice changed, for an ablation."""
+    return arm.startswith(("continuous-", "drop-", "entropy-")) and not arm[-1].isdigit()
+
+
 def _network(name: str, found: Results) -> dict[str, Any]:
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, int], dict[int, dict[str, Any]]] = {}
     for cell, result in found:
-        groups.setdefault((cell.arm, cell.remove), []).append(result)
+        groups.setdefault((cell.arm, cell.remove), {})[cell.seed] = result
     first = found[0][0]
     whole = next((r["network"] for _, r in found if "network" in r), None)
     shown = [cell for cell, result in found if "layers" in result and cell.seed == 0]
@@ -55,9 +60,11 @@ def _network(name: str, found: Results) -> dict[str, Any]:
     }
 
 
-def _row(arm: str, asked: int, group: list[dict[str, Any]]) -> dict[str, Any]:
+def _row(arm: str, asked: int, by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """One line of the table: an arm at one number of rectifiers asked for, over its seeds."""
-    whole = [r for r in group if "n/a" not in r and not r["cut"]]
+    group = list(by_seed.values())
+    seeds = {s: r for s, r in by_seed.items() if "n/a" not in r and not r["cut"]}
+    whole = list(seeds.values())
     row: dict[str, Any] = {
         "arm": arm,
         "asked": asked,
@@ -73,6 +80,7 @@ def _row(arm: str, asked: int, group: list[dict[str, Any]]) -> dict[str, Any]:
     row |= {
         "off": _spread([rectifiers_off(r) for r in whole]),
         "test_accuracy": _spread([r["test_accuracy"] for r in whole]),
+        "by_seed": {str(seed): r["test_accuracy"] for seed, r in seeds.items()},
         "validation_accuracy": _spread([r["validation_accuracy"] for r in whole]),
         "empty": states["empty"] / len(whole),
         "one_sided": states["one-sided"] / len(whole),
