@@ -21,7 +21,7 @@ from layer_collapse.ops import cuda
 ROOT = Path(__file__).parents[1]
 WARM_UP, ROUNDS = 10, 50
 #: Those that run on CUDA too: ops, CUDA graphs, AMP, torch.compile.
-TESTS = ("tests/ops", "tests/measure/test_tracker.py", "tests/test_drop_in.py")
+TESTS = ("tests/ops", "tests/measure", "tests/test_drop_in.py")
 #: Microseconds that a call takes on the device.
 Timer = Callable[[Callable[[], object]], float]
 
