@@ -2,8 +2,11 @@
 
 ``python -m layer_collapse.paper.tune`` trains every candidate on one small network per family and
 looks at validation splits only. Chosen is, of the candidates whose mean accuracy is within a point
-of the best, the one whose folded network has the fewest multiply-adds. With ``--distillation`` the
-chosen settings are trained on a dense network's answers as well, to see whether that helps.
+of the best, the one whose folded network has the fewest multiply-adds.
+
+Two more studies on the same networks: ``distillation`` trains the chosen settings on a dense
+network's answers as well, to see whether that helps; ``rounds`` cuts the epochs of entropy-guided
+pruning into fewer or more rounds, to see whether the experiments do it justice.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from .. import models
 from ..files import write_json
 from ..models.encoder import minilm
 from ..removal.continuous import Continuous
+from ..removal.pruned import Pruned
 from ..removal.settings import DROP, FAMILIES, Settings
 from ..training import logits
 from .controls import train_dense
@@ -34,11 +38,19 @@ from .loops import Part, TrainingLoop
 from .measure import measure
 from .networks import NETWORKS
 
-__all__ = ["CANDIDATES", "DEVELOPMENT", "Development", "chosen", "distilled", "tried"]
+__all__ = [
+    "CANDIDATES",
+    "DEVELOPMENT",
+    "ROUNDS",
+    "STUDIES",
+    "Development",
+    "chosen",
+    "distilled",
+    "tried",
+]
 
 _WITHIN = 1.0  # points of accuracy
 _TEACHER = 0.5  # its weight in the targets; the labels have the rest
-_STUDIES = Path("docs/results/tuning.json"), Path("docs/results/distillation.json")
 
 
 def _short_encoder() -> nn.Module:
@@ -91,6 +103,13 @@ CANDIDATES = (
 )
 
 
+#: Fewer rounds leave more epochs to each; all prune to 99 % and more of what still switches.
+ROUNDS = tuple(
+    Pruned(rounds=rounds, fraction=fraction)
+    for rounds, fraction in ((1, 0.99), (2, 0.95), (3, 0.9), (5, 0.8), (8, 0.7))
+)
+
+
 def distilled(
     part: Part, build: Callable[[], nn.Module], loop: TrainingLoop, epochs: float
 ) -> Part:
@@ -105,7 +124,9 @@ def distilled(
     return Part(part.x, torch.lerp(labels.to(answers.dtype), answers, _TEACHER))
 
 
-def tried(family: str, settings: Settings, seed: int, distillation: bool = False) -> dict[str, Any]:
+def tried(
+    family: str, candidate: Settings | Pruned, seed: int, distillation: bool = False
+) -> dict[str, Any]:
     """Train one candidate: its settings, validation accuracy (%) and multiply-adds of a sample.
 
     Args:
@@ -121,11 +142,12 @@ def tried(family: str, settings: Settings, seed: int, distillation: bool = False
         training = distilled(training, network.build, teaching, network.epochs)
     loop = TrainingLoop(training, task.validation, like.recipe, seed)
     torch.manual_seed(seed)
-    outcome = Continuous(settings).run(network.build(), loop, network.epochs, network.remove)
+    removal = Continuous(candidate) if isinstance(candidate, Settings) else candidate
+    outcome = removal.run(network.build(), loop, network.epochs, network.remove)
     found = measure(outcome, loop, task.validation, latency_batches=())  # not the test split
     return {
         "family": family,
-        "settings": asdict(settings),
+        "settings": _described(candidate),
         "seed": seed,
         "distillation": distillation,
         "validation_accuracy": found.get("validation_accuracy", 0.0),  # cut: no better than chance
@@ -166,20 +188,49 @@ def study_distillation(out: Path, seeds: int, jobs: int) -> None:
     )
     table = Table("family", "labels (%)", "labels and dense network (%)", title="validation split")
     for family in DEVELOPMENT:
-        found = [
-            [
-                row["validation_accuracy"]
-                for row in rows
-                if row["family"] == family and row["distillation"] == distillation
-            ]
-            for distillation in (False, True)
-        ]
-        spread = [f" ± {stdev(one):.1f}" if len(one) > 1 else "" for one in found]
+        own = [row for row in rows if row["family"] == family]
         table.add_row(
-            family, *(f"{mean(one):.1f}{s}" for one, s in zip(found, spread, strict=True))
+            family,
+            *(_accuracy([r for r in own if r["distillation"] == d]) for d in (False, True)),
         )
     Console(width=110).print(table)
     write_json(out, {"teacher": _TEACHER, "runs": rows})
+
+
+def study_rounds(out: Path, seeds: int, jobs: int) -> None:
+    """Train entropy-guided pruning with fewer and more rounds, and ``continuous`` beside it; print
+    and write the outcome.
+    """
+    cases = [
+        (family, candidate, seed)
+        for family, seed in product(DEVELOPMENT, range(seeds))
+        for candidate in (*ROUNDS, FAMILIES[family])
+    ]
+    rows = _all_tried(cases, jobs)
+    table = Table("", *DEVELOPMENT, title="validation split (%), rectifiers removed")
+    shown = {f"{one.rounds} rounds of {one.fraction:g}": one for one in ROUNDS}
+    for title in (*shown, "continuous"):
+        entries = []
+        for family in DEVELOPMENT:
+            settings = _described(shown.get(title, FAMILIES[family]))
+            found = [r for r in rows if (r["family"], r["settings"]) == (family, settings)]
+            removed = mean(row["removed"] for row in found)
+            entries.append(f"{_accuracy(found)}, {removed:.3g} off")
+        table.add_row(title, *entries)
+    Console(width=110).print(table)
+    write_json(out, {"runs": rows})
+
+
+def _described(candidate: Settings | Pruned) -> dict[str, Any]:
+    if isinstance(candidate, Settings):
+        return asdict(candidate)
+    return {"rounds": candidate.rounds, "fraction": candidate.fraction}
+
+
+def _accuracy(rows: list[dict[str, Any]]) -> str:
+    """Mean and sample deviation."""
+    found = [row["validation_accuracy"] for row in rows]
+    return f"{mean(found):.1f}" + (f" ± {stdev(found):.1f}" if len(found) > 1 else "")
 
 
 def choose_settings(out: Path, seeds: int, jobs: int) -> None:
@@ -206,15 +257,23 @@ def choose_settings(out: Path, seeds: int, jobs: int) -> None:
     write_json(out, {"families": document, "runs": rows})
 
 
+STUDIES = {
+    "settings": (choose_settings, "tuning.json"),
+    "distillation": (study_distillation, "distillation.json"),
+    "rounds": (study_rounds, "rounds.json"),
+}
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--distillation", action="store_true", help="study this instead")
-    parser.add_argument("--out", type=Path, help="default: in docs/results")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", nargs="?", choices=STUDIES, default="settings")
+    parser.add_argument("--out", type=Path, help="file; default: in docs/results")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each candidate")
     parser.add_argument("--jobs", type=int, default=2, help="processes, each of one thread")
     arguments = parser.parse_args()
     if min(arguments.seeds, arguments.jobs) < 1:
         parser.error(f"expected 1 or more (got {arguments.seeds} seeds, {arguments.jobs} jobs)")
-    study = study_distillation if arguments.distillation else choose_settings
-    file = arguments.out or _STUDIES[arguments.distillation]
-    study(file, arguments.seeds, arguments.jobs)
+    study, file = STUDIES[arguments.study]
+    study(arguments.out or Path("docs/results") / file, arguments.seeds, arguments.jobs)
