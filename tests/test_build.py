@@ -10,6 +10,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from layer_collapse import _C
 
 ROOT = Path(__file__).parents[1]
 
@@ -140,6 +143,15 @@ def constant(source: Path, name: str):
         if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == name:
             return ast.literal_eval(line.value)
     raise AssertionError(f"no {name} in {source}")
+
+
+def test_the_library_holds_no_folder_and_no_debug_information():
+    library = Path(_C.__file__).read_bytes()
+    if b"__asan_init" in library:
+        pytest.skip("built for the sanitizers")
+    for folder in (ROOT, Path(torch.__file__).parent, Path(sys.prefix)):
+        assert bytes(folder) not in library
+    assert b".debug_info" not in library
 
 
 @pytest.mark.slow

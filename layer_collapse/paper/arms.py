@@ -55,7 +55,11 @@ def run_cell(
     model = network.build()
     graph = trace(model, loop.example_inputs)
     inputs = ordered_inputs(graph, loop.example_inputs)
-    result: dict[str, Any] = {"network": per_sample(size_of(graph, inputs), loop.example_inputs)}
+    result: dict[str, Any] = {
+        "network": per_sample(size_of(graph, inputs), loop.example_inputs),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
     try:
         outcome: Outcome
         if cell.arm == "shallow":

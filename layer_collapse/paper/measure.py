@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -13,12 +15,12 @@ from ..graph import ExampleInputs, rectifier_nodes, trace
 from ..measure.report import EntropyReport
 from ..measure.scan import scan
 from ..reduce.fold import fold
-from ..reduce.latency import compare
+from ..reduce.latency import Latency, compare
 from ..reduce.linearize import linearize
 from ..reduce.report import Size
 from ..removal import Outcome
 from ..removal.common import measurement
-from .loops import Part, TrainingLoop, predictions
+from .loops import Inputs, Part, TrainingLoop, predictions
 
 __all__ = ["measure", "per_sample"]
 
@@ -59,9 +61,7 @@ def measure(
     ours, theirs = predictions(folded.model, test), predictions(model, test)
     left = trace(folded.model, loop.example_inputs)
     times = {
-        str(size): asdict(
-            compare(whole or model, folded.model, test.take(slice(0, size)), rounds=5)
-        )
+        str(size): asdict(_time(whole or model, folded.model, test.take(slice(0, size))))
         for size in latency_batches
     }
     return found | {
@@ -78,6 +78,16 @@ def measure(
         "proof": {"max_abs": folded.report.max_abs, "max_rel": folded.report.max_rel},
         "latency_ms": times,
     }
+
+
+def _time(whole: nn.Module, folded: nn.Module, inputs: Inputs) -> Latency:
+    """Processor time of one thread, in turns: other processes may train meanwhile."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return compare(whole, folded, inputs, rounds=7, clock=time.process_time)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def per_sample(size: Size, example_inputs: ExampleInputs) -> dict[str, int]:

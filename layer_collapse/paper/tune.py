@@ -5,8 +5,8 @@ looks at validation splits only. Chosen is, of the candidates whose mean accurac
 of the best, the one whose folded network has the fewest multiply-adds.
 
 Two more studies on the same networks: ``distillation`` trains the chosen settings on a dense
-network's answers as well, to see whether that helps; ``rounds`` cuts the epochs of entropy-guided
-pruning into fewer or more rounds, to see whether the experiments do it justice.
+network's answers as well, to see whether that helps; ``rivals`` tries the settings of what
+``continuous`` is compared with, so that all are at their best.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from .networks import NETWORKS
 __all__ = [
     "CANDIDATES",
     "DEVELOPMENT",
-    "ROUNDS",
+    "RIVALS",
     "STUDIES",
     "Development",
     "chosen",
@@ -103,11 +103,15 @@ CANDIDATES = (
 )
 
 
-#: Fewer rounds leave more epochs to each; all prune to 99 % and more of what still switches.
-ROUNDS = tuple(
-    Pruned(rounds=rounds, fraction=fraction)
-    for rounds, fraction in ((1, 0.99), (2, 0.95), (3, 0.9), (5, 0.8), (8, 0.7))
-)
+_ROUNDS = ((1, 0.99), (2, 0.95), (3, 0.9), (5, 0.8), (8, 0.7), (9, 0.5))  # the last: the authors'
+_STARTS = (0.05, 0.15, 0.3)
+
+#: Entropy-guided pruning in fewer rounds, which leave more epochs to each, and in more; ``drop``
+#: earlier and later.
+RIVALS: dict[str, Pruned | Settings] = {
+    **{f"entropy, {n} rounds of {f:g}": Pruned(rounds=n, fraction=f) for n, f in _ROUNDS},
+    **{f"drop at {start:g}": replace(DROP, start=start, end=start) for start in _STARTS},
+}
 
 
 def distilled(
@@ -197,22 +201,19 @@ def study_distillation(out: Path, seeds: int, jobs: int) -> None:
     write_json(out, {"teacher": _TEACHER, "runs": rows})
 
 
-def study_rounds(out: Path, seeds: int, jobs: int) -> None:
-    """Train entropy-guided pruning with fewer and more rounds, and ``continuous`` beside it; print
-    and write the outcome.
-    """
+def study_rivals(out: Path, seeds: int, jobs: int) -> None:
+    """Train every rival, and ``continuous`` beside them; print and write the outcome."""
     cases = [
         (family, candidate, seed)
         for family, seed in product(DEVELOPMENT, range(seeds))
-        for candidate in (*ROUNDS, FAMILIES[family])
+        for candidate in (*RIVALS.values(), FAMILIES[family])
     ]
     rows = _all_tried(cases, jobs)
     table = Table("", *DEVELOPMENT, title="validation split (%), rectifiers removed")
-    shown = {f"{one.rounds} rounds of {one.fraction:g}": one for one in ROUNDS}
-    for title in (*shown, "continuous"):
+    for title in (*RIVALS, "continuous"):
         entries = []
         for family in DEVELOPMENT:
-            settings = _described(shown.get(title, FAMILIES[family]))
+            settings = _described(RIVALS.get(title, FAMILIES[family]))
             found = [r for r in rows if (r["family"], r["settings"]) == (family, settings)]
             removed = mean(row["removed"] for row in found)
             entries.append(f"{_accuracy(found)}, {removed:.3g} off")
@@ -260,7 +261,7 @@ def choose_settings(out: Path, seeds: int, jobs: int) -> None:
 STUDIES = {
     "settings": (choose_settings, "tuning.json"),
     "distillation": (study_distillation, "distillation.json"),
-    "rounds": (study_rounds, "rounds.json"),
+    "rivals": (study_rivals, "rivals.json"),
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import Timer, timer
 
 from ..graph import ExampleInputs, training_mode
 from .proof import answer
@@ -35,27 +35,34 @@ class Latency:
 
 
 def in_turns(
-    first: Callable[[], Any], second: Callable[[], Any], *, rounds: int = 9, seconds: float = 0.01
+    first: Callable[[], Any],
+    second: Callable[[], Any],
+    *,
+    rounds: int = 9,
+    seconds: float = 0.01,
+    clock: Callable[[], float] = timer,
 ) -> tuple[float, float]:
     """Time two calls with the current number of threads, one after the other in every round.
 
     Args:
         rounds: interleaved rounds; the medians are returned.
         seconds: how long each call is repeated in one round, about.
+        clock: reads seconds, after CUDA has finished; ``time.process_time`` where one thread
+            works and others disturb it.
 
     Returns:
         Median milliseconds of one call of each. CUDA is waited for.
     """
-    timers: list[Any] = [
-        Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    watches: list[Any] = [
+        Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads(), timer=clock)
         for call in (first, second)
     ]
     # The first run of each also warms up.
-    runs = [max(1, int(seconds / max(timer.timeit(3).mean, 1e-9))) for timer in timers]
+    runs = [max(1, int(seconds / max(watch.timeit(3).mean, 1e-9))) for watch in watches]
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
-        for timer, number, found in zip(timers, runs, times, strict=True):
-            found.append(timer.timeit(number).mean * 1e3)
+        for watch, number, found in zip(watches, runs, times, strict=True):
+            found.append(watch.timeit(number).mean * 1e3)
     return statistics.median(times[0]), statistics.median(times[1])
 
 
@@ -66,6 +73,7 @@ def compare(
     *,
     rounds: int = 15,
     seconds: float = 0.03,
+    clock: Callable[[], float] = timer,
 ) -> Latency:
     """Time two models on the same inputs in evaluation mode, see :func:`in_turns`.
 
@@ -78,6 +86,7 @@ def compare(
             lambda: answer(after, inputs),
             rounds=rounds,
             seconds=seconds,
+            clock=clock,
         )
     first = next(t for t in tree_leaves(inputs) if isinstance(t, Tensor))
     return Latency(*times, batch=len(first), threads=torch.get_num_threads())

@@ -28,6 +28,7 @@ REMOVALS: Mapping[str, Callable[[], Removal]] = {
     "continuous-random": partial(Continuous, score="random"),
     "continuous-constant": partial(Continuous, forms=("constant",)),
     "continuous-linear": partial(Continuous, forms=("linear",)),
+    "continuous-once": partial(Continuous, at_once=True),
     "easier": Easier,
     "tlc": Tlc,
 }

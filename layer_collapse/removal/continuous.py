@@ -20,6 +20,7 @@ class Continuous:
     Args:
         settings: instead of those of the model's family.
         score, forms: instead of those of the settings, for ablations.
+        at_once: each leaves in one step at the start of its part, another ablation.
     """
 
     def __init__(
@@ -27,15 +28,18 @@ class Continuous:
         settings: Settings | None = None,
         score: str | None = None,
         forms: tuple[str, ...] | None = None,
+        at_once: bool = False,
     ) -> None:
         self.settings = settings
         self.score = score
         self.forms = forms
+        self.at_once = at_once
 
     @property
     def name(self) -> str:
         """ "continuous", and what an ablation changes."""
-        return "-".join(["continuous", *([self.score] if self.score else []), *(self.forms or ())])
+        changed = [self.score, *(self.forms or ()), "once" if self.at_once else None]
+        return "-".join(["continuous", *filter(None, changed)])
 
     def run(self, model: nn.Module, loop: Loop, epochs: float, remove: int) -> Outcome:
         """See :meth:`layer_collapse.removal.Removal.run`.
@@ -46,7 +50,10 @@ class Continuous:
         check_arguments(self.name, epochs, remove)
         settings = self.settings or FAMILIES[family_of(model)]
         settings = replace(
-            settings, score=self.score or settings.score, forms=self.forms or settings.forms
+            settings,
+            score=self.score or settings.score,
+            forms=self.forms or settings.forms,
+            moves=0 if self.at_once else settings.moves,
         )
         steering = Steering(
             model,

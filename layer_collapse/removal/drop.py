@@ -8,17 +8,19 @@ from torch import nn
 
 from .base import Loop, NotApplicable, Outcome
 from .common import check_arguments
-from .settings import DROP
+from .settings import DROP, DROPS, family_of
 from .steering import Steering
 
 __all__ = ["Drop"]
 
 
 class Drop:
-    """At 0.3 of the run, branches become constants one by one, each time the cheapest.
+    """Early in the run, at the share that is best for the model's family (``DROPS``), branches
+    become constants one by one, each time the cheapest.
 
     Cheapest: whose replacement by its mean costs the least loss on a few hundred training samples,
-    those before it having left. The rest of the run is for what stays.
+    those before it having left; measured lazily (see :mod:`layer_collapse.removal.choosing`). The
+    rest of the run is for what stays.
 
     Args:
         forms: ("linear",) replaces rectifiers by affine gates instead: the control that has what
@@ -26,12 +28,12 @@ class Drop:
     """
 
     def __init__(self, forms: tuple[str, ...] = DROP.forms) -> None:
-        self.settings = replace(DROP, forms=forms)
+        self.forms = forms
 
     @property
     def name(self) -> str:
         """ "drop", or "drop-linear"."""
-        return "drop" if self.settings == DROP else "-".join(["drop", *self.settings.forms])
+        return "drop" if self.forms == DROP.forms else "-".join(["drop", *self.forms])
 
     def run(self, model: nn.Module, loop: Loop, epochs: float, remove: int) -> Outcome:
         """See :meth:`layer_collapse.removal.Removal.run`.
@@ -41,13 +43,14 @@ class Drop:
             ValueError: bad arguments.
         """
         check_arguments(self.name, epochs, remove)
+        when = DROPS[family_of(model)]
         steering = Steering(
             model,
             loop.batches(),
             loop.example_inputs,
             loop.loss,
             remove=remove,
-            settings=self.settings,
+            settings=replace(DROP, forms=self.forms, start=when, end=when),
             epochs=epochs,
             seed=loop.seed,
             log=loop.log,

@@ -21,9 +21,13 @@ from ..prune.masks import Masks
 from ..prune.rounds import Guards, candidate_weights, check_fraction, prune_round
 from ..prune.strategies import EntropyGuided, Strategy
 from .base import EMPTY, ONE_SIDED, Loop, NotApplicable, Outcome, Removed
-from .common import check_arguments, measurement
+from .common import check_arguments, few, measurement
+from .settings import ROUNDS, family_of
 
 __all__ = ["Pruned"]
+
+_SAMPLES = 256  # to see a cut before training
+_LEAST = 0.01  # fraction that is not halved for that
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,13 @@ class Pruned:
     The epochs are cut into ``rounds + 1`` equal parts: one of dense training, one after each round,
     each under a learning-rate schedule of its own. Once enough rectifiers have zero entropy, what
     is left of the epochs is one part without further pruning. A round that cuts the network is
-    undone and was the last.
+    undone, and from there on half as much is pruned; where the cut shows before the round has
+    trained, it costs no epochs.
 
     Attributes:
         strategy: how many weights each layer loses.
-        fraction: of the weights alive in layers that still switch, per round.
+        fraction: of the weights alive in layers that still switch, per round; None: that of the
+            model's family, as ``rounds``.
         rounds: how many, at most.
         guards: as for :func:`layer_collapse.prune_round`; a round empties no more layers than are
             still asked for.
@@ -45,14 +51,15 @@ class Pruned:
     """
 
     strategy: Strategy = field(default_factory=EntropyGuided)
-    fraction: float = 0.8
-    rounds: int = 5
+    fraction: float | None = None
+    rounds: int | None = None
     guards: Guards = field(default_factory=Guards)
     name: str = ""
 
     def __post_init__(self) -> None:
-        check_fraction(self.fraction)
-        if self.rounds < 1:
+        if self.fraction is not None:
+            check_fraction(self.fraction)
+        if self.rounds is not None and self.rounds < 1:
             raise ValueError(f"expected 1 round or more (got {self.rounds})")
         if not self.name:
             object.__setattr__(self, "name", self.strategy.name)
@@ -65,11 +72,14 @@ class Pruned:
             ValueError: bad arguments.
         """
         check_arguments(self.name, epochs, remove)
+        usual = ROUNDS[family_of(model)]
+        rounds, fraction = self.rounds or usual[0], self.fraction or usual[1]
         sites = find_sites(trace(model, loop.example_inputs))
         weights = candidate_weights(model, sites)
         if not weights:
             raise NotApplicable(f"{self.name}: no rectifier is fed by a layer of its own alone")
         masks = Masks(weights)
+        some = few(loop.batches(), _SAMPLES)
         history, gone, note = [], dict[str, float](), ""
 
         def measured(epoch: float) -> EntropyReport:
@@ -86,36 +96,46 @@ class Pruned:
             )
             return report
 
-        part, done = epochs / (self.rounds + 1), 0
+        def undo() -> None:
+            model.load_state_dict(state)
+            masks.load_words({name: words.words(name) for name in masks.names})
+
+        part, done = epochs / (rounds + 1), 0
         report = None
         if remove:
             loop.train(model, part, masks)
             done, report = 1, measured(part)
-        while report is not None and done <= self.rounds and len(gone) < remove:
-            before = copy.deepcopy(model.state_dict()), masks.clone(), dict(gone)
+        while report is not None and done <= rounds and len(gone) < remove:
+            state, words, had = copy.deepcopy(model.state_dict()), masks.clone(), dict(gone)
             most = min(self.guards.max_emptied, remove - len(gone))
             guards = replace(self.guards, max_emptied=most)
-            prune_round(model, masks, report, sites, self.fraction, self.strategy, guards)
+            while True:
+                prune_round(model, masks, report, sites, fraction, self.strategy, guards)
+                if fraction < _LEAST or not scan(model, some, loop.example_inputs).cut:
+                    break
+                undo()
+                fraction /= 2
             loop.train(model, part, masks)
             done += 1
-            report = measured(done * part)
-            if report.cut:
-                note = f"round {done - 1} cut the network ({report.cut_by}) and was undone"
-                model.load_state_dict(before[0])
-                masks.load_words({name: before[1].words(name) for name in masks.names})
-                gone.update(before[2])
-                break
-        if done <= self.rounds:
+            after = measured(done * part)
+            if after.cut:
+                note += f"round {done - 1} cut the network ({after.cut_by}) and was undone; "
+                undo()
+                gone = had
+                fraction /= 2
+            else:
+                report = after
+        if done <= rounds:
             loop.train(model, epochs - done * part, masks)
-        if note or done <= self.rounds:
+        if note or done <= rounds:
             report = measured(epochs)
         assert report is not None
         if len(gone) < remove:
-            few = (
+            note += (
                 f"{len(gone)} of {remove} rectifiers at zero entropy with "
                 f"{100 * masks.sparsity():.2f} % of the weights pruned"
             )
-            note = f"{note}; {few}" if note else few
+        note = note.removesuffix("; ")
         states = {row.name: row.state for row in report}
         removed = [
             Removed(name, EMPTY if states[name] == NO_WEIGHTS else ONE_SIDED, epoch)

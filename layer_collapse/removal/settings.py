@@ -10,7 +10,7 @@ from torch import nn
 
 from ..graph import BATCH_NORM
 
-__all__ = ["DROP", "FAMILIES", "FORMS", "SCORES", "Settings", "family_of"]
+__all__ = ["DROP", "DROPS", "FAMILIES", "FORMS", "ROUNDS", "SCORES", "Settings", "family_of"]
 
 SCORES = ("loss x entropy", "loss", "entropy", "random")
 FORMS = ("constant", "linear")
@@ -56,6 +56,12 @@ class Settings:
 
 #: Of the strong baseline: greedily by the loss alone, all at once; no pruning and no entropy.
 DROP = Settings(score="loss", forms=("constant",), start=0.3, end=0.3, moves=0)
+
+#: When ``drop`` drops, as a share of the run, by family; ``paper.tune rivals`` chose it.
+DROPS: Mapping[str, float] = {"cnn": 0.3, "vit": 0.3, "nlp": 0.3}
+
+#: Rounds of iterative pruning, and the fraction of each, by family; ``paper.tune rivals`` chose it.
+ROUNDS: Mapping[str, tuple[int, float]] = {"cnn": (5, 0.8), "vit": (5, 0.8), "nlp": (5, 0.8)}
 
 _MIXED = Settings(forms=("constant", "linear"), most=0.25, start=0.05, end=0.4)
 

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
+from layer_collapse import data
 from layer_collapse.data import FASHION_MNIST_ROOT
 from layer_collapse.idx import find_fashion_mnist
 from layer_collapse.paper.loops import Inputs, Part, TrainingLoop
 from layer_collapse.paper.networks import NETWORKS, Sizes, _sentences
+from layer_collapse.paper.suites import budget_of
 from layer_collapse.text import Sentences, movie_snippets, trec_questions
 
 
@@ -23,11 +26,11 @@ def _rows(part: Part) -> set[tuple[float, ...]]:
 @pytest.mark.parametrize("load", [movie_snippets, trec_questions])
 def test_sentences_are_split_apart(load: Callable[[int], Sentences]) -> None:
     try:
-        task = _sentences(None, Sizes(2000, 1000, 1000, 32), load=load)
+        task = _sentences(None, Sizes(2000, 1000, 600, 32), load=load)
         smaller = _sentences(None, Sizes(100, 200, 300, 32), load=load)
     except OSError as error:
         pytest.skip(str(error))
-    assert [len(p) for p in (task.training, task.validation, task.test)] == [2000, 1000, 1000]
+    assert [len(p) for p in (task.training, task.validation, task.test)] == [2000, 1000, 600]
     assert [len(p) for p in (smaller.training, smaller.validation, smaller.test)] == [100, 200, 300]
     assert _rows(smaller.test) <= _rows(task.test)
     places = [_rows(p) for p in (task.training, task.validation, task.test)]
@@ -50,6 +53,16 @@ def test_a_network_trains_on_its_task(name: str) -> None:
     assert loop.loss(model) < before
 
 
+def test_test_images_are_those_that_took_no_part_in_the_design() -> None:
+    try:
+        test = data.load("fashion-mnist").test
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    task = NETWORKS["resnet20"].task(None)
+    assert torch.equal(task.test.take(slice(None)), test.x[2000:6000])
+    assert torch.equal(task.test.y, test.y[2000:6000])
+
+
 def test_missing_data_get_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"[Ff]ashion"):
         NETWORKS["resnet20"].task(tmp_path)
@@ -69,7 +82,8 @@ def test_a_pretrained_network_sees_pixels_scaled_as_it_was_trained() -> None:
 
 
 def test_statistics_of_the_pretrained_cnn_follow_the_new_pictures() -> None:
-    model = NETWORKS["efficientnet-lite0"].build()
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    steps = 4 * 500 // 25
+    network = NETWORKS["efficientnet-lite0"]
+    norms = [m for m in network.build().modules() if isinstance(m, nn.BatchNorm2d)]
+    epochs = budget_of("efficientnet-lite0", quick=False).epochs
+    steps = int(0.7 * epochs * network.sizes.training / network.recipe.batch)
     assert all((1 - (norm.momentum or 0)) ** steps < 0.01 for norm in norms)

@@ -83,7 +83,7 @@ def test_the_study_of_distillation(
     assert len(read_json(tmp_path / "d.json")["runs"]) == 4 * len(tune.DEVELOPMENT)
 
 
-def test_the_study_of_rounds(
+def test_the_study_of_rivals(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def found(cases: list[tuple[Any, ...]], jobs: int) -> list[dict[str, Any]]:
@@ -98,19 +98,21 @@ def test_the_study_of_rounds(
         ]
 
     monkeypatch.setattr(tune, "_all_tried", found)
-    study, _ = tune.STUDIES["rounds"]
+    study, _ = tune.STUDIES["rivals"]
     study(tmp_path / "r.json", 2, 1)
     lines = capsys.readouterr().out.splitlines()
-    (eight,) = (line for line in lines if "8 rounds of 0.7" in line)
+    (eight,) = (line for line in lines if "entropy, 8 rounds of 0.7" in line)
     assert eight.count("50.5 ± 0.7, 8 off") == len(tune.DEVELOPMENT)
     (ours,) = (line for line in lines if "continuous" in line)
     assert ours.count("60.5 ± 0.7, 4 off") == len(tune.DEVELOPMENT)
-    assert len(read_json(tmp_path / "r.json")["runs"]) == 2 * 6 * len(tune.DEVELOPMENT)
+    assert len(read_json(tmp_path / "r.json")["runs"]) == 2 * (len(tune.RIVALS) + 1) * len(
+        tune.DEVELOPMENT
+    )
 
 
-def test_rounds_are_trained_like_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pruning_is_tried_like_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     short = replace(tune.DEVELOPMENT["cnn"], epochs=0.2)
     monkeypatch.setitem(tune.DEVELOPMENT, "cnn", short)
-    row = tune.tried("cnn", tune.ROUNDS[0], seed=0)
+    row = tune.tried("cnn", tune.RIVALS["entropy, 1 rounds of 0.99"], seed=0)
     assert row["settings"] == {"rounds": 1, "fraction": 0.99}
     assert row["removed"] <= 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import nn
 from layer_collapse import Masks, scan
 from layer_collapse.models import build
 from layer_collapse.paper.loops import Part, TrainingLoop
-from layer_collapse.removal import REMOVALS, NotApplicable, Watch
+from layer_collapse.prune.rounds import prune_round
+from layer_collapse.removal import REMOVALS, NotApplicable, Watch, pruned
 from layer_collapse.removal.pruned import Pruned
 from layer_collapse.training import Recipe
 
@@ -108,6 +110,51 @@ def test_the_last_round_may_cut_too() -> None:
     report = scan(outcome.model, loop.batches(), loop.example_inputs)
     assert not report.cut
     assert {one.name for one in outcome.removed} == set(report.zero_entropy)
+
+
+def test_a_cut_that_shows_at_once_costs_no_epochs_and_halves_what_is_pruned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[float] = []
+
+    def rough(model: nn.Module, masks: Masks, *others: Any) -> dict[str, int]:
+        tried.append(others[2])
+        counts = prune_round(model, masks, *others)
+        if others[2] > 0.3:
+            model.get_parameter("head.weight").data.zero_()
+        return counts
+
+    monkeypatch.setattr(pruned, "prune_round", rough)
+    loop = _loop()
+    outcome = Pruned(fraction=0.8, rounds=2).run(_model(), loop, 3, 4)
+    assert tried == [0.8, 0.4, 0.2, 0.2]
+    assert loop.__dict__["asked"] == [1, 1, 1]
+    assert "cut" not in outcome.note
+    report = scan(outcome.model, loop.batches(), loop.example_inputs)
+    assert not report.cut
+    alive = [float((p != 0).float().mean()) for p in outcome.model.parameters() if p.ndim > 1]
+    assert min(alive) > 0.3  # what 0.8 and 0.4 had pruned came back
+
+
+def test_after_a_round_that_cuts_half_as_much_is_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[float] = []
+
+    def noted(*arguments: Any) -> dict[str, int]:
+        tried.append(arguments[4])
+        return prune_round(*arguments)
+
+    monkeypatch.setattr(pruned, "prune_round", noted)
+    loop = _loop()
+
+    def spoil(model: nn.Module, call: int) -> None:
+        if call == 2:
+            model.get_parameter("head.weight").data.zero_()
+
+    loop.spoil = spoil  # type: ignore[method-assign]
+    outcome = Pruned(fraction=0.5, rounds=3).run(_model(), loop, 4, 4)
+    assert tried == [0.5, 0.25, 0.25]
+    assert "round 1 cut the network" in outcome.note
+    assert not outcome.note.endswith("; ")
 
 
 def test_bad_arguments_get_a_sentence() -> None:
