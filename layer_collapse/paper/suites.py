@@ -29,7 +29,8 @@ _LIKE = "continuous"  # whose architecture the shallow network has
 _ABLATED = ("continuous-", "drop-")  # variants: three seeds on the smallest network
 _ORDER = ("continuous-loss", "continuous-random")  # these on the first network of each family
 _LEADING = tuple(networks[0] for networks in SUITES.values())
-_SMALLEST = "resnet20"  # where every other strategy runs once
+_SMALLEST = "resnet20"  # where every other strategy runs
+_EVERYWHERE = ("easier", "entropy-active")  # these once on the first network of each family
 _SHORT = 0.7  # the part of the epochs in which continuous shall reach what entropy reaches
 _SEEDS = 3
 
@@ -122,9 +123,13 @@ def _cells_of(name: str, quick: bool) -> list[tuple[int, Cell]]:
             for seed in range(_SEEDS)
             for arm in (ablations if name == _SMALLEST else _ORDER)
         ]
-    if not quick and name == _SMALLEST:
+    if not quick and name in _LEADING:
         others = [arm for arm in REMOVALS if arm not in (*ARMS, *ablations)]
-        found += [(1, Cell(name, arm, budget.counts[0], 0, settings)) for arm in others]
+        found += [
+            (seed + 1, Cell(name, arm, budget.counts[0], seed, settings))
+            for seed in range(_SEEDS if name == _SMALLEST else 1)
+            for arm in (others if name == _SMALLEST else _EVERYWHERE)
+        ]
     return found
 
 

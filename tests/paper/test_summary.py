@@ -56,8 +56,8 @@ def test_rows_are_means_over_the_seeds_of_what_is_whole() -> None:
     assert drop["off"]["values"] == [3, 4]
     assert drop["test_accuracy"]["mean"] == 82.0
     assert drop["test_accuracy"]["deviation"] == pytest.approx(8**0.5)
-    assert drop["by_seed"] == {"0": 80.0, "1": 84.0}
-    assert (drop["seeds"], drop["cut"]) == (3, 1)
+    assert drop["by_seed"]["1"] == {"test": 84.0, "validation": 85.0, "off": 4}
+    assert (drop["seeds"], drop["whole"], drop["cut"]) == (3, 2, 1)
     assert (drop["empty"], drop["one_sided"], drop["kinds"]) == (1, 1, {"constant": 1})
     assert drop["latency"]["1"]["ratio"]["mean"] == 0.5
     assert drop["latency"]["64"]["ratio"]["mean"] == 0.75
@@ -93,20 +93,59 @@ def test_differences_are_of_the_same_seed_and_count() -> None:
     found = _rows(
         ("continuous", 3, 0, 82.0),
         ("continuous", 3, 1, 84.0),
+        ("continuous", 3, 2, 83.0),
         ("continuous", 5, 0, 70.0),
         ("drop", 3, 0, 81.0),
-        ("drop", 3, 1, 81.0),
+        ("drop", 3, 1, 82.0),
+        ("drop", 3, 2, 82.0),
         ("entropy", 3, 1, 86.5),
-        ("entropy", 3, 2, 10.0),  # of a seed that continuous does not have
-        ("shallow", 3, 0, 80.0),
-        ("shallow", 3, 1, 86.0),
+        ("entropy", 3, 3, 10.0),  # of a seed that continuous does not have
+        ("shallow", 3, 0, 82.0),
+        ("shallow", 3, 1, 83.0),
+        ("shallow", 3, 2, 82.0),
         ("continuous-0.7", 3, 1, 86.5),
     )
     lines = tables._against(found).splitlines()
+    # 1, 2, 1: t = 4; 0, 1, 1: t = 2; a t of 4.303 is needed
     assert lines[-2] == (
-        "| resnet20 | 3 | -2.5 (1) | - | - | **+2.0 ± 1.4** (2) | +0.0 ± 2.8 (2) | +0.0 (1) |"
+        "| resnet20 | 3 | -2.5 (1) | - | - | +1.3 ± 0.6 (3) | +0.7 ± 0.6 (3) | +0.0 (1) |"
     )
     assert lines[-1] == "| resnet20 | 5 | - | - | - | - | - | - |"
+    sure = _rows(
+        *(("continuous", 3, seed, 80.0 + seed) for seed in range(3)),
+        *(("drop", 3, seed, 78.0 + seed + 0.1 * (seed == 0)) for seed in range(3)),
+    )
+    assert "| **+2.0 ± 0.1** (3) |" in tables._against(sure)
+    both = [
+        (_cell("continuous", 3, 0), _result(16, 80.0)),
+        (_cell("magnitude", 3, 0), _result(18, 85.0)),
+    ]
+    assert "| -5.0 (1; 1 off) |" in tables._against(summary(both))
+
+
+def test_the_count_within_a_point_is_chosen_on_the_validation_split() -> None:
+    found = summary(
+        [
+            (_cell("dense", 0, 0), _result(19, 80.0)),  # validation 81
+            (_cell("dense", 0, 1), _result(19, 90.0)),
+            (_cell("drop", 3, 0), _result(16, 70.0, validation_accuracy=80.5)),
+            (_cell("drop", 5, 0), _result(14, 80.0, validation_accuracy=79.5)),
+            (_cell("entropy", 3, 2), _result(16, 80.0)),  # a seed that dense has not
+        ]
+    )
+    (line,) = (one for one in tables._within(found).splitlines() if one.startswith("| resnet20"))
+    assert line == "| resnet20 | - | 3 (-10.0) | - | - | - |"
+
+
+def test_a_seed_without_a_result_is_told() -> None:
+    found = summary(
+        [
+            (_cell("drop", 3, 0), _result(16, 80.0)),
+            (_cell("drop", 3, 1), {"n/a": "the training loss is nan"}),
+        ]
+    )["resnet20"]
+    (row,) = found["rows"]
+    assert tables._line(row, {})[-1] == "1 of 2"
 
 
 def test_variants_have_a_figure_of_their_own_where_some_were_run() -> None:

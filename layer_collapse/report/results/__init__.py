@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 
 from ... import files
@@ -54,7 +53,8 @@ def write(out: Path, results: Results, version: str, quick: bool) -> Path:
         "command": f"layer-collapse bench-paper --suite all {'--quick' if quick else '--full'}",
         "quick": quick,
         "code": version,
-        "torch": torch.__version__,
+        "torch": ", ".join(sorted({r["torch"] for _, r in results if "torch" in r})),
+        "threads": sorted({r["threads"] for _, r in results if "threads" in r}),
         "networks": summary(results),
     }
     out.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,21 +35,26 @@ _VARIANT = "#8a7a5c"
 _DODGE = 0.05  # rectifiers by which arms stand beside each other, so that none hides another
 
 
-def _frontier(axes: Axes, network: dict[str, Any]) -> None:
-    """Test accuracy against rectifiers gone, one line per arm; what is cut stands at the foot."""
+def _frontier(axes: Axes, network: dict[str, Any], macs: bool = False) -> None:
+    """Test accuracy against rectifiers gone, one line per arm; what is cut stands at the foot.
+
+    Args:
+        macs: against the share of the multiply-adds that is left instead, and nothing at the foot.
+    """
     rows = [row for row in network["rows"] if row["arm"] in STYLES]
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     for number, arm in enumerate(arms):
-        aside = _DODGE * (number - (len(arms) - 1) / 2)
+        aside = 0.0 if macs else _DODGE * (number - (len(arms) - 1) / 2)
         colour, marker = STYLES[arm]
         own = sorted((r for r in rows if r["arm"] == arm and "off" in r), key=_off)
-        cut = [row["asked"] for row in rows if row["arm"] == arm and row["cut"]]
+        cut = [row["asked"] for row in rows if row["arm"] == arm and row["cut"] and not macs]
+        whole = network["whole"]["macs"]
         if own:
             axes.errorbar(
-                [_off(row) + aside for row in own],
+                [100 * row["macs"] / whole if macs else _off(row) + aside for row in own],
                 [row["test_accuracy"]["mean"] for row in own],
-                yerr=[row["test_accuracy"]["deviation"] or 0.0 for row in own],
-                xerr=[row["off"]["deviation"] or 0.0 for row in own],
+                yerr=[_deviation(row["test_accuracy"]) for row in own],
+                xerr=None if macs else [_deviation(row["off"]) for row in own],
                 color=colour,
                 marker=marker,
                 markerfacecolor="none" if arm == "continuous-0.7" else colour,
@@ -71,21 +77,30 @@ def _frontier(axes: Axes, network: dict[str, Any]) -> None:
                 axes.annotate(
                     "cut", (x, 0.05), xycoords=transform, ha="center", fontsize=8, color=colour
                 )
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("rectifiers gone from the folded network")
+    if macs:
+        axes.invert_xaxis()
+        axes.set_xlabel("multiply-adds of the folded network (% of the whole one's)")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("rectifiers gone from the folded network")
     axes.set_ylabel("test accuracy (%)")
+
+
+def _deviation(value: dict[str, Any]) -> float:
+    """No bar where there is but one seed."""
+    return float("nan") if value["deviation"] is None else float(value["deviation"])
 
 
 def _off(row: dict[str, Any]) -> float:
     return float(row["off"]["mean"])
 
 
-def frontier(name: str, network: dict[str, Any]) -> Figure:
+def frontier(name: str, network: dict[str, Any], macs: bool = False) -> Figure:
     """Test accuracy against rectifiers removed, mean and deviation over the seeds."""
     figure, axes = new_axes(7.2, 4.4)
     if not network["rows"]:
         return say_nothing(figure, axes, "no cell is there yet")
-    _frontier(axes, network)
+    _frontier(axes, network, macs)
     axes.legend(
         frameon=False, labelcolor=INK, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5)
     )
@@ -149,7 +164,7 @@ def ablations(name: str, network: dict[str, Any]) -> Figure:
         axes.errorbar(
             accuracy["mean"],
             y,
-            xerr=accuracy["deviation"] or 0.0,
+            xerr=_deviation(accuracy),
             color=colour,
             marker=marker,
             capsize=2.5,
@@ -195,7 +210,7 @@ def latency(name: str, network: dict[str, Any]) -> Figure:
     axes.set_yticks(np.arange(len(rows)), names)
     axes.invert_yaxis()
     axes.grid(False, axis="y")
-    axes.set_xlabel("time of the folded network (the whole network = 1)")
+    axes.set_xlabel("processor time of the folded network (the whole network, unfolded = 1)")
     figure.legend(frameon=False, labelcolor=INK, fontsize=9, ncols=2, loc="outside lower right")
     return figure
 
@@ -222,6 +237,7 @@ def wrapped(text: str, width: int) -> str:
 
 CHARTS: dict[str, Callable[[str, dict[str, Any]], Figure]] = {
     "frontier": frontier,
+    "macs": partial(frontier, macs=True),
     "ablations": ablations,
     "entropy": entropy,
     "correlation": correlation,

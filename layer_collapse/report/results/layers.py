@@ -145,7 +145,9 @@ def gates(name: str, network: dict[str, Any]) -> Figure:
 
 
 def correlation(name: str, network: dict[str, Any]) -> Figure:
-    """Entropy against sparsity, a point per layer and measurement, seed 0."""
+    """Entropy against sparsity, a point per layer and measurement, seed 0; the rank correlation is
+    that of all seeds.
+    """
     arms = {arm: found for arm, found in _arms(network).items() if arm in ("entropy", "magnitude")}
     figure, axes = new_axes(6.4, 3.8)
     drawn = False
@@ -157,7 +159,7 @@ def correlation(name: str, network: dict[str, Any]) -> Figure:
         ]
         points = [(s, h) for s, h in points if np.isfinite(s) and np.isfinite(h)]
         known = network["correlation"].get(arm)
-        label = f"{arm}, rank correlation {known['rho']:.2f}" if known else arm
+        label = f"{arm}, rank correlation {known['rho']:.2f} over all seeds" if known else arm
         colour, marker = {"entropy": ("#2f7fd8", "s"), "magnitude": ("#d9822b", "^")}[arm]
         axes.scatter(
             [100 * s for s, _ in points], [h for _, h in points], s=26, marker=marker,

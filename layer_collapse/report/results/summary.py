@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ...paper.cells import Cell, rectifiers_off
 from ...paper.networks import NETWORKS, Sizes
 
-__all__ = ["is_variant", "summary"]
+__all__ = ["is_variant", "on_common_seeds", "summary"]
 
 Results = Sequence[tuple[Cell, dict[str, Any]]]
 
@@ -46,8 +46,8 @@ def _network(name: str, found: Results) -> dict[str, Any]:
         "cpu_minutes": sum(r.get("cpu_seconds", 0.0) for _, r in found) / 60,
         "rows": [_row(arm, asked, group) for (arm, asked), group in groups.items()],
         "correlation": {
-            arm: _correlation([r for cell, r in found if cell.arm == arm])
-            for arm in dict.fromkeys(cell.arm for cell, _ in found)
+            arm: _correlation([r for cell, r in found if (cell.arm, cell.remove) == (arm, asked)])
+            for arm, asked in _first_counts(found).items()
         },
         "layers": {
             f"{cell.arm} {cell.remove}": {
@@ -60,6 +60,16 @@ def _network(name: str, found: Results) -> dict[str, Any]:
     }
 
 
+def _first_counts(found: Results) -> dict[str, int]:
+    """How many rectifiers each arm was asked for first; where an arm does not get there, its runs
+    at other counts are the same.
+    """
+    counts: dict[str, int] = {}
+    for cell, _ in found:
+        counts.setdefault(cell.arm, cell.remove)
+    return counts
+
+
 def _row(arm: str, asked: int, by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """One line of the table: an arm at one number of rectifiers asked for, over its seeds."""
     group = list(by_seed.values())
@@ -69,6 +79,7 @@ def _row(arm: str, asked: int, by_seed: dict[int, dict[str, Any]]) -> dict[str, 
         "arm": arm,
         "asked": asked,
         "seeds": len(group),
+        "whole": len(whole),
         "cut": sum(1 for r in group if r.get("cut")),
         "not_applicable": next((r["n/a"] for r in group if "n/a" in r), ""),
         "notes": list(dict.fromkeys(r["note"] for r in group if r.get("note"))),
@@ -80,7 +91,14 @@ def _row(arm: str, asked: int, by_seed: dict[int, dict[str, Any]]) -> dict[str, 
     row |= {
         "off": _spread([rectifiers_off(r) for r in whole]),
         "test_accuracy": _spread([r["test_accuracy"] for r in whole]),
-        "by_seed": {str(seed): r["test_accuracy"] for seed, r in seeds.items()},
+        "by_seed": {
+            str(seed): {
+                "test": r["test_accuracy"],
+                "validation": r["validation_accuracy"],
+                "off": rectifiers_off(r),
+            }
+            for seed, r in seeds.items()
+        },
         "validation_accuracy": _spread([r["validation_accuracy"] for r in whole]),
         "empty": states["empty"] / len(whole),
         "one_sided": states["one-sided"] / len(whole),
@@ -91,7 +109,7 @@ def _row(arm: str, asked: int, by_seed: dict[int, dict[str, Any]]) -> dict[str, 
         "changed_predictions": sum(r["changed_predictions"] for r in whole),
         "latency": {
             size: {
-                "ms": statistics.mean(r["latency_ms"][size]["after"] for r in whole),
+                "ms": statistics.median(r["latency_ms"][size]["after"] for r in whole),
                 "ratio": _spread(
                     [
                         r["latency_ms"][size]["after"] / r["latency_ms"][size]["before"]
@@ -113,6 +131,14 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
         "deviation": statistics.stdev(values) if len(values) > 1 else None,
         "values": list(values),
     }
+
+
+def on_common_seeds(
+    ours: dict[str, Any], theirs: dict[str, Any], key: str = "test"
+) -> list[tuple[float, float]]:
+    """Pairs of accuracies (%) of two rows, for every seed that both have."""
+    mine, other = ours.get("by_seed", {}), theirs.get("by_seed", {})
+    return [(mine[seed][key], other[seed][key]) for seed in mine if seed in other]
 
 
 def _correlation(group: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import Any
 
 from ..text import format_value
-from .summary import is_variant
+from .summary import is_variant, on_common_seeds
 
 __all__ = ["figures_of", "page"]
 
@@ -44,9 +45,11 @@ def _opening(content: dict[str, Any]) -> str:
         f"(torch {content['torch']}); the numbers are those of [results.json](results.json)."
         f"{quick}\n\n"
         "Accuracies are mean ± sample deviation over the seeds, on a test set that took part in no "
-        "choice. *Off* counts rectifiers that are gone from the folded network, *empty* and "
-        "*one-sided* those that the final scan found at exactly zero entropy. *Time* is that of "
-        "the folded network, as a part of the whole network's, measured in turns. *Changed* counts "
+        "choice; *to dense* is over the seeds that both have. *Off* counts rectifiers that are "
+        "gone from the folded network, *empty* and *one-sided* those that the final scan found at "
+        "exactly zero entropy. *Time* is processor time of one thread for the folded network, as a "
+        "part of what the whole network needs unfolded, taken in turns; that of `dense` is what "
+        "folding alone gives, and how far rows of equal MACs differ is the noise. *Changed* counts "
         "test samples on which folding changed the prediction. A network whose output no longer "
         "depends on its input is *cut*: its layers do not count as removed.\n\n"
         "![accuracy against rectifiers removed, all networks](frontier.svg)"
@@ -62,31 +65,35 @@ def _within(networks: dict[str, Any]) -> str:
     rows = []
     for name, network in networks.items():
         dense = _dense(network["rows"])
-        if dense is not None:
+        if dense:
             rows.append([name, *(_most(network["rows"], arm, dense) for arm in arms)])
     return (
         "## Most rectifiers gone within a point of the dense network\n\n"
-        f"Mean number gone from the folded network, of the rows below whose mean test accuracy is "
-        f"at most {_POINT:g} point under the dense network's, all trained for as many epochs; its "
-        "accuracy relative to dense. 0: no such row; -: not run yet.\n\n"
+        "Of the rows below, the one with the most rectifiers gone among those whose accuracy on "
+        f"the validation split is at most {_POINT:g} point under the dense network's, all trained "
+        "for as many epochs; behind it what that row's accuracy on the test set is relative to "
+        "dense. Means over the seeds that both have. 0: no such row; -: not run yet.\n\n"
         + table(("network", *arms), rows)
     )
 
 
-def _dense(rows: list[dict[str, Any]]) -> float | None:
-    found = [row["test_accuracy"]["mean"] for row in rows if row["arm"] == "dense" and "off" in row]
-    return found[0] if found else None
+def _dense(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return next((row for row in rows if row["arm"] == "dense" and "off" in row), {})
 
 
-def _most(rows: list[dict[str, Any]], arm: str, dense: float) -> str:
-    own = [row for row in rows if row["arm"] == arm and "off" in row]
-    near = [row for row in own if row["test_accuracy"]["mean"] >= dense - _POINT]
+def _most(rows: list[dict[str, Any]], arm: str, dense: dict[str, Any]) -> str:
+    own = [row for row in rows if row["arm"] == arm and on_common_seeds(row, dense)]
+    near = [row for row in own if _mean_difference(row, dense, "validation") >= -_POINT]
     if not own:
-        return "n/a" if any(row["arm"] == arm for row in rows) else "-"
+        return "n/a" if any(row["arm"] == arm and "off" not in row for row in rows) else "-"
     if not near:
         return "0"
     best = max(near, key=lambda row: row["off"]["mean"])
-    return f"{best['off']['mean']:.3g} ({best['test_accuracy']['mean'] - dense:+.1f})"
+    return f"{best['off']['mean']:.3g} ({_mean_difference(best, dense, 'test'):+.1f})"
+
+
+def _mean_difference(ours: dict[str, Any], theirs: dict[str, Any], key: str) -> float:
+    return statistics.mean(a - b for a, b in on_common_seeds(ours, theirs, key))
 
 
 def _against(networks: dict[str, Any]) -> str:
@@ -109,28 +116,32 @@ def _against(networks: dict[str, Any]) -> str:
     return (
         "## What `continuous` is better by\n\n"
         "Points of test accuracy over each rival that was asked for as many rectifiers, mean ± "
-        "sample deviation of the differences seed by seed (number of seeds). **Bold** where the "
-        "mean lies further from zero than that deviation. Rivals may have removed fewer than they "
-        f"were asked for, see the tables below. Last column: `{_SHORT}`, trained for 0.7 of the "
-        "epochs, over `entropy` with all of them.\n\n"
+        "sample deviation of the differences seed by seed (number of seeds; how many rectifiers "
+        "the rival removed, where those are fewer). **Bold** from three seeds on where a t test "
+        "tells the mean from zero at 95 %. The spread over seeds leaves out that all seeds share "
+        f"their training and test samples. Last column: `{_SHORT}`, trained for 0.7 of the epochs, "
+        "over `entropy` with all of them.\n\n"
         + table(("network", "asked", *rivals, "0.7 to entropy"), rows)
     )
 
 
 _SHORT = "continuous-0.7"
+_T = {3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 % of Student's t, by number of values
 
 
 def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     """Mean and sample deviation over the seeds that both have."""
-    mine, other = ours.get("by_seed", {}), theirs.get("by_seed", {})
-    found = [mine[seed] - other[seed] for seed in mine if seed in other]
+    found = [a - b for a, b in on_common_seeds(ours, theirs)]
     if not found:
         return "-"
-    if len(found) == 1:
-        return f"{found[0]:+.1f} (1)"
-    mean, deviation = statistics.mean(found), statistics.stdev(found)
-    text = f"{mean:+.1f} ± {deviation:.1f}"
-    return f"{f'**{text}**' if abs(mean) > deviation else text} ({len(found)})"
+    text, number = f"{statistics.mean(found):+.1f}", len(found)
+    if number > 1:
+        deviation = statistics.stdev(found)
+        text += f" ± {deviation:.1f}"
+        if abs(statistics.mean(found)) > _T.get(number, math.inf) * deviation / number**0.5:
+            text = f"**{text}**"
+    off = theirs["off"]["mean"]
+    return f"{text} ({number}{f'; {off:.3g} off' if off < ours['off']['mean'] else ''})"
 
 
 def _correlations(networks: dict[str, Any]) -> str:
@@ -144,7 +155,9 @@ def _correlations(networks: dict[str, Any]) -> str:
         rows.append(cells)
     return (
         "## Entropy against sparsity\n\nSpearman's rank correlation of a layer's entropy with the "
-        "share of its weights that are zero (number of pairs: layers x measurements x seeds).\n\n"
+        "share of its weights that are zero (number of pairs: layers x measurements x seeds), at "
+        "the first count that the arm was asked for. Entropy-guided budgets follow the entropy, so "
+        "theirs is in part by construction; magnitude's is not.\n\n"
         + table(("network", *arms), rows)
     )
 
@@ -152,9 +165,7 @@ def _correlations(networks: dict[str, Any]) -> str:
 def _network(name: str, network: dict[str, Any]) -> str:
     whole = network["whole"]
     rows = network["rows"]
-    dense = next(
-        (r["test_accuracy"]["mean"] for r in rows if r["arm"] == "dense" and "off" in r), None
-    )
+    dense = _dense(rows)
     epochs = ", ".join(f"{arms} {count:g}" for arms, count in _by_epochs(network["epochs"]).items())
     text = [f"## {name}", f"{network['about']}. Epochs: {epochs}."]
     if whole:
@@ -180,6 +191,7 @@ def _network(name: str, network: dict[str, Any]) -> str:
 #: The figures of each network.
 FIGURES = {
     "frontier": "accuracy against rectifiers removed",
+    "macs": "accuracy against multiply-adds",
     "ablations": "accuracy of the variants",
     "entropy": "entropy of each layer over the epochs",
     "correlation": "entropy against sparsity",
@@ -207,8 +219,9 @@ def _by_epochs(epochs: dict[str, float]) -> dict[str, float]:
     }
 
 
-def _line(row: dict[str, Any], dense: float | None) -> list[str]:
-    begin, end = [row["arm"], str(row["asked"] or "-")], [str(row["seeds"])]
+def _line(row: dict[str, Any], dense: dict[str, Any]) -> list[str]:
+    few = f"{row['whole']} of " if row["whole"] < row["seeds"] else ""
+    begin, end = [row["arm"], str(row["asked"] or "-")], [f"{few}{row['seeds']}"]
     empty = len(_HEAD) - len(begin) - len(end)
     if "off" not in row:
         return begin + ["cut" if row["cut"] else "n/a"] + ["-"] * (empty - 1) + end
@@ -218,7 +231,7 @@ def _line(row: dict[str, Any], dense: float | None) -> list[str]:
         *begin,
         f"{off['mean']:.3g}",
         _spread(accuracy),
-        "-" if dense is None else f"{accuracy['mean'] - dense:+.1f}",
+        f"{_mean_difference(row, dense, 'test'):+.1f}" if on_common_seeds(row, dense) else "-",
         _spread(row["validation_accuracy"]),
         f"{row['empty']:.3g}",
         f"{row['one_sided']:.3g}",
