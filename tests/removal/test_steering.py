@@ -290,3 +290,25 @@ def test_settings_are_checked() -> None:
     for wrong in ({"score": "luck"}, {"forms": ()}, {"start": 0.7}, {"moves": -1}):
         with pytest.raises(ValueError, match="got"):
             Settings(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("case", _CASES)
+def test_what_left_is_gone_from_the_exported_graph(network: str, case: str) -> None:
+    model, loop = NETWORKS[network]()
+    before = len(rectifier_nodes(trace(model, loop.example_inputs)))
+    outcome = _CASES[case][0].run(model, loop, 0.5, remove=2)
+    report = lc.scan(outcome.model, loop.batches(), loop.example_inputs)
+    linear = lc.linearize(outcome.model, report, loop.example_inputs).model
+    folded = lc.fold(linear.eval(), loop.example_inputs).model
+    example = loop.example_inputs
+    args, kwargs = ((), example) if isinstance(example, dict) else ((example,), None)
+    exported = torch.export.export(folded, args, kwargs)
+    nodes = list(exported.graph.nodes)
+    left = [n for n in nodes if str(n.target).split(".")[1:2] in (["relu"], ["relu_"], ["gelu"])]
+    assert len(left) == before - 2
+    gone = {one.name for one in outcome.removed}
+    # An affine gate that merges into nothing stays under the name of its rectifier.
+    paths = {path for n in left for path, _ in n.meta["nn_module_stack"].values()}
+    assert paths
+    assert not gone & paths
