@@ -312,3 +312,13 @@ def test_what_left_is_gone_from_the_exported_graph(network: str, case: str) -> N
     paths = {path for n in left for path, _ in n.meta["nn_module_stack"].values()}
     assert paths
     assert not gone & paths
+
+
+@pytest.mark.parametrize("name", REMOVALS)
+@pytest.mark.parametrize("remove", [0, 2])
+def test_every_strategy_trains_the_epochs_that_it_is_given(name: str, remove: int) -> None:
+    model, loop = NETWORKS["resnet"]()
+    outcome = REMOVALS[name]().run(model, loop, 2.5, remove)
+    assert loop.epochs_done == pytest.approx(2.5)
+    assert REMOVALS[name]().name == name
+    assert len(outcome.removed) >= remove or outcome.note
