@@ -102,6 +102,8 @@ def sparsity(name: str, network: dict[str, Any]) -> Figure:
         rows = {row["name"]: row for row in found["final"]}
         for y, layer in enumerate(names):
             value = _value(rows.get(layer), "sparsity")
+            if layer not in rows:  # its rectifier left; the layer may still be there
+                axes.text(2, y, "no rectifier", va="center", fontsize=6, color=INK)
             if np.isfinite(value):
                 axes.barh(y, 100 * value, 0.7, color="#2f7fd8")
                 if value == 1.0:
