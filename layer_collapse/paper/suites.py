@@ -8,7 +8,7 @@ from ..removal import REMOVALS
 from .cells import Cell
 from .networks import NETWORKS, Sizes
 
-__all__ = ["ARMS", "SUITES", "Budget", "budget_of", "cells", "copied"]
+__all__ = ["ARMS", "SHORT", "SUITES", "Budget", "budget_of", "cells", "copied"]
 
 SUITES = {
     "cnn": ("resnet20", "efficientnet-lite0", "vgg-bn"),
@@ -25,13 +25,16 @@ SUITES = {
 ARMS = ("dense", "continuous", "drop", "entropy", "magnitude", "shallow")
 """What every network goes through, each after those that it builds on."""
 
+SHORT = {"continuous-0.7": 0.7, "continuous-0.33": 0.33}
+"""Runs of ``continuous`` on a part of the epochs, in which it shall reach what ``entropy`` reaches;
+the shortest on the first network of each family alone."""
+
 _LIKE = "continuous"  # whose architecture the shallow network has
 _ABLATED = ("continuous-", "drop-")  # variants: three seeds on the smallest network
 _ORDER = ("continuous-loss", "continuous-random")  # these on the first network of each family
 _LEADING = tuple(networks[0] for networks in SUITES.values())
 _SMALLEST = "resnet20"  # where every other strategy runs
 _EVERYWHERE = ("easier", "entropy-active")  # these once on the first network of each family
-_SHORT = 0.7  # the part of the epochs in which continuous shall reach what entropy reaches
 _SEEDS = 3
 
 
@@ -51,7 +54,7 @@ class Budget:
 
 
 _FULL: dict[str, tuple[tuple[int, ...], float]] = {
-    "resnet20": ((5, 7, 3), 8),
+    "resnet20": ((5, 7, 3, 2), 8),
     "vgg-bn": ((2, 4), 8),
     "efficientnet-lite0": ((6, 10), 4),
     "vit-relu": ((4, 5, 2), 12),
@@ -113,9 +116,9 @@ def _cells_of(name: str, quick: bool) -> list[tuple[int, Cell]]:
                 remove = 0 if arm == "dense" else count
                 found.append((seed + number, Cell(name, arm, remove, seed, own)))
         if not quick:
-            short = settings | {"epochs": _SHORT * budget.epochs, "strategy": "continuous"}
-            arm = f"continuous-{_SHORT}"
-            found.append((seed + 1, Cell(name, arm, budget.counts[0], seed, short)))
+            for arm, part in SHORT.items() if name in _LEADING else list(SHORT.items())[:1]:
+                short = settings | {"epochs": part * budget.epochs, "strategy": "continuous"}
+                found.append((seed + 1, Cell(name, arm, budget.counts[0], seed, short)))
     ablations = [arm for arm in REMOVALS if arm.startswith(_ABLATED)]
     if not quick and name in _LEADING:
         found += [

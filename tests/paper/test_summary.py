@@ -104,13 +104,15 @@ def test_differences_are_of_the_same_seed_and_count() -> None:
         ("shallow", 3, 1, 83.0),
         ("shallow", 3, 2, 82.0),
         ("continuous-0.7", 3, 1, 86.5),
+        ("continuous-0.33", 3, 1, 80.5),
     )
     lines = tables._against(found).splitlines()
     # 1, 2, 1: t = 4; 0, 1, 1: t = 2; a t of 4.303 is needed
     assert lines[-2] == (
-        "| resnet20 | 3 | -2.5 (1) | - | - | +1.3 ± 0.6 (3) | +0.7 ± 0.6 (3) | +0.0 (1) |"
+        "| resnet20 | 3 | -2.5 (1) | - | - | +1.3 ± 0.6 (3) | +0.7 ± 0.6 (3) "
+        "| +0.0 (1) | -6.0 (1) |"
     )
-    assert lines[-1] == "| resnet20 | 5 | - | - | - | - | - | - |"
+    assert lines[-1] == "| resnet20 | 5 | - | - | - | - | - | - | - |"
     sure = _rows(
         *(("continuous", 3, seed, 80.0 + seed) for seed in range(3)),
         *(("drop", 3, seed, 78.0 + seed + 0.1 * (seed == 0)) for seed in range(3)),

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ...paper.suites import SHORT
 from ..canvas import INK, new_axes, say_nothing, style_axes
 from .layers import correlation, entropy, gates, sparsity
 from .summary import is_variant
@@ -26,11 +27,12 @@ STYLES = {
     "shallow": ("#8a63d2", "P"),
     "dense": ("#7b8794", "*"),
     "continuous-0.7": ("#c8384f", "v"),
+    "continuous-0.33": ("#c8384f", "h"),
     "uniform": ("#8a7a5c", "<"),
     "easier": ("#8a7a5c", ">"),
     "tlc": ("#8a7a5c", "X"),
 }
-_POINTS = ("dense", "continuous-0.7", "uniform", "easier", "tlc")  # at one count alone: no line
+_POINTS = ("dense", *SHORT, "uniform", "easier", "tlc")  # at one count alone: no line
 _VARIANT = "#8a7a5c"
 _DODGE = 0.05  # rectifiers by which arms stand beside each other, so that none hides another
 
@@ -57,7 +59,7 @@ def _frontier(axes: Axes, network: dict[str, Any], macs: bool = False) -> None:
                 xerr=None if macs else [_deviation(row["off"]) for row in own],
                 color=colour,
                 marker=marker,
-                markerfacecolor="none" if arm == "continuous-0.7" else colour,
+                markerfacecolor="none" if arm in SHORT else colour,
                 markersize=9 if arm == "dense" else 6,
                 lw=0 if arm in _POINTS else 1.6,
                 elinewidth=1.2,

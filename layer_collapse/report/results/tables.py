@@ -6,6 +6,7 @@ import math
 import statistics
 from typing import Any
 
+from ...paper.suites import SHORT
 from ..text import format_value
 from .summary import is_variant, on_common_seeds
 
@@ -104,13 +105,13 @@ def _against(networks: dict[str, Any]) -> str:
         by_key = {(row["arm"], row["asked"]): row for row in network["rows"]}
         for asked in dict.fromkeys(a for arm, a in by_key if arm == "continuous"):
             ours = by_key["continuous", asked]
-            short = by_key.get((_SHORT, asked), {})
+            reached = by_key.get(("entropy", asked), {})
             rows.append(
                 [
                     name,
                     str(asked),
                     *(_difference(ours, by_key.get((arm, asked), {})) for arm in rivals),
-                    _difference(short, by_key.get(("entropy", asked), {})),
+                    *(_difference(by_key.get((arm, asked), {}), reached) for arm in SHORT),
                 ]
             )
     return (
@@ -119,13 +120,12 @@ def _against(networks: dict[str, Any]) -> str:
         "sample deviation of the differences seed by seed (number of seeds; how many rectifiers "
         "the rival removed, where those are fewer). **Bold** from three seeds on where a t test "
         "tells the mean from zero at 95 %. The spread over seeds leaves out that all seeds share "
-        f"their training and test samples. Last column: `{_SHORT}`, trained for 0.7 of the epochs, "
-        "over `entropy` with all of them.\n\n"
-        + table(("network", "asked", *rivals, "0.7 to entropy"), rows)
+        f"their training and test samples. Last columns: {' and '.join(f'`{a}`' for a in SHORT)}, "
+        "trained for so many of the epochs, over `entropy` with all of them.\n\n"
+        + table(("network", "asked", *rivals, *(f"{p} to entropy" for p in SHORT.values())), rows)
     )
 
 
-_SHORT = "continuous-0.7"
 _T = {3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 % of Student's t, by number of values
 
 
