@@ -150,6 +150,24 @@ def test_a_seed_without_a_result_is_told() -> None:
     assert tables._line(row, {})[-1] == "1 of 2"
 
 
+def test_equal_notes_are_one_line() -> None:
+    found = summary(
+        [
+            (_cell("shallow", 3, 0), _result(16, 80.0, note="that of continuous")),
+            (_cell("shallow", 3, 1), _result(16, 80.0, note="that of continuous")),
+            (_cell("shallow", 5, 0), _result(14, 80.0, note="that of continuous")),
+            (_cell("magnitude", 5, 0), _result(17, 80.0, note="2 of 5")),
+            (_cell("tlc", 3, 0), {"n/a": "no batch norm"}),
+            (_cell("tlc", 5, 0), {"n/a": "no batch norm"}),
+        ]
+    )["resnet20"]
+    assert tables._notes(found["rows"]) == [
+        "- tlc: n/a, no batch norm",
+        "- shallow, 3 and 5 asked: that of continuous",
+        "- magnitude, 5 asked: 2 of 5",
+    ]
+
+
 def test_variants_have_a_figure_of_their_own_where_some_were_run() -> None:
     plain = _rows(("continuous", 3, 0, 82.0), ("continuous-0.7", 3, 0, 80.0))["resnet20"]
     assert "ablations" not in tables.figures_of(plain)

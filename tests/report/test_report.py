@@ -9,17 +9,19 @@ import json
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from layer_collapse import files, report
+from layer_collapse.report import canvas
 
 HOSTILE = '<script>alert("x")</script> $\\frac{$ [red] & \x07'
 ROUNDS = ((0, "dense", 0.0), (1, "prune", 0.75), (2, "prune", 0.9996), (2, "accept", 1.0))
@@ -161,11 +163,22 @@ def test_writes_all_files(written: Path) -> None:
     assert sorted(p.name for p in written.iterdir()) == expected
     assert files.read_json(written / "report.json") == example()
     for path in written.glob("*.png"):
-        content = path.read_bytes()
-        assert content.startswith(b"\x89PNG\r\n\x1a\n")
-        width, height = struct.unpack(">II", content[16:24])
+        with Image.open(path) as picture:
+            assert (picture.format, picture.mode) == ("PNG", "P")  # few bytes
+            assert picture.info["dpi"] == pytest.approx((200, 200), abs=0.1)
+            width, height = picture.size
         assert width >= 1000
         assert height >= 600
+
+
+def test_the_palette_loses_nothing_of_few_colours() -> None:
+    colours = np.stack(np.unravel_index(np.arange(256), (8, 8, 4)), axis=-1) * (36, 36, 85)
+    drawn = np.tile(colours.astype(np.uint8), (8, 4, 1))
+    png = io.BytesIO()
+    Image.fromarray(drawn).save(png, "PNG")
+    small = canvas._smaller(png)
+    with Image.open(io.BytesIO(small)) as picture:
+        assert np.array_equal(np.asarray(picture.convert("RGB")), drawn)
 
 
 def test_every_number_of_the_file_is_on_the_page_and_agrees(written: Path) -> None:
@@ -263,7 +276,7 @@ def test_hostile_names_are_escaped(tmp_path: Path) -> None:
 def test_charts_stand_alone_and_follow_the_page(tmp_path: Path) -> None:
     from xml.etree import ElementTree
 
-    from layer_collapse.report import canvas, plots
+    from layer_collapse.report import plots
 
     for made in (example(), hostile()):
         for name, draw in plots.CHARTS.items():

@@ -177,15 +177,23 @@ def _network(name: str, network: dict[str, Any]) -> str:
     shown = figures_of(network)
     text.append("\n".join(f"![{title}, {name}]({name}-{key}.svg)" for key, title in shown.items()))
     text.append(table(_HEAD, [_line(row, dense) for row in rows]))
-    notes = [
+    if notes := _notes(rows):
+        text.append("\n".join(notes))
+    return "\n\n".join(text)
+
+
+def _notes(rows: list[dict[str, Any]]) -> list[str]:
+    """What arms say of their cells, each once, with the counts that it was said of."""
+    missing = [
         f"- {row['arm']}: n/a, {row['not_applicable']}" for row in rows if row["not_applicable"]
     ]
-    notes += [
-        f"- {row['arm']}, {row['asked']} asked: {note}" for row in rows for note in row["notes"]
+    asked: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for note in row["notes"]:
+            asked.setdefault((row["arm"], note), []).append(str(row["asked"]))
+    return list(dict.fromkeys(missing)) + [
+        f"- {arm}, {' and '.join(counts)} asked: {note}" for (arm, note), counts in asked.items()
     ]
-    if notes:
-        text.append("\n".join(dict.fromkeys(notes)))
-    return "\n\n".join(text)
 
 
 #: The figures of each network.
