@@ -30,10 +30,10 @@ SHORT = {"continuous-0.7": 0.7, "continuous-0.33": 0.33}
 the shortest on the first network of each family alone."""
 
 _LIKE = "continuous"  # whose architecture the shallow network has
-_ABLATED = ("continuous-", "drop-")  # variants: three seeds on the smallest network
+_ABLATED = ("continuous-", "drop-")  # variants: on one network, where few leave and where many
 _ORDER = ("continuous-loss", "continuous-random")  # these on the first network of each family
 _LEADING = tuple(networks[0] for networks in SUITES.values())
-_SMALLEST = "resnet20"  # where every other strategy runs
+_THOROUGH = "resnet20"  # where every other strategy runs
 _EVERYWHERE = ("easier", "entropy-active")  # these once on the first network of each family
 _SEEDS = 3
 
@@ -121,17 +121,19 @@ def _cells_of(name: str, quick: bool) -> list[tuple[int, Cell]]:
                 found.append((seed + 1, Cell(name, arm, budget.counts[0], seed, short)))
     ablations = [arm for arm in REMOVALS if arm.startswith(_ABLATED)]
     if not quick and name in _LEADING:
+        counts = budget.counts[: 2 if name == _THOROUGH else 1]
         found += [
-            (seed + 1, Cell(name, arm, budget.counts[0], seed, settings))
+            (seed + 1 + number, Cell(name, arm, count, seed, settings))
             for seed in range(_SEEDS)
-            for arm in (ablations if name == _SMALLEST else _ORDER)
+            for number, count in enumerate(counts)
+            for arm in (ablations if name == _THOROUGH else _ORDER)
         ]
     if not quick and name in _LEADING:
         others = [arm for arm in REMOVALS if arm not in (*ARMS, *ablations)]
         found += [
             (seed + 1, Cell(name, arm, budget.counts[0], seed, settings))
-            for seed in range(_SEEDS if name == _SMALLEST else 1)
-            for arm in (others if name == _SMALLEST else _EVERYWHERE)
+            for seed in range(_SEEDS if name == _THOROUGH else 1)
+            for arm in (others if name == _THOROUGH else _EVERYWHERE)
         ]
     return found
 
