@@ -80,7 +80,17 @@ def test_the_correlation_takes_every_layer_and_measurement() -> None:
         {"rectifiers": {"a": {"H": 0.0, "sparsity": 1.0}, "b": {"H": None, "sparsity": 0.2}}},
     ]
     found = summary([(_cell("magnitude", 3, 0), _result(16, 80.0, entropy_history=history))])
-    assert found["resnet20"]["correlation"]["magnitude"] == {"rho": -1.0, "points": 3}
+    # of "a" alone: -1; "b" has one pair
+    expected = {"rho": -1.0, "points": 3, "within": -1.0, "layers": 1}
+    assert found["resnet20"]["correlation"]["magnitude"] == pytest.approx(expected)
+    levels = [  # together entropy rises with sparsity, in each layer it falls
+        {"rectifiers": {"a": {"H": 0.3, "sparsity": 0.1}, "b": {"H": 0.9, "sparsity": 0.8}}},
+        {"rectifiers": {"a": {"H": 0.2, "sparsity": 0.2}, "b": {"H": 0.8, "sparsity": 0.9}}},
+    ]
+    apart = summary([(_cell("magnitude", 3, 0), _result(16, 80.0, entropy_history=levels))])
+    apart = apart["resnet20"]["correlation"]["magnitude"]
+    assert (apart["within"], apart["layers"]) == (pytest.approx(-1.0), 2)
+    assert apart["rho"] > 0
     still = summary([(_cell("dense", 0, 0), _result(19, 80.0, entropy_history=history[:0]))])
     assert still["resnet20"]["correlation"]["dense"] is None
 
@@ -123,6 +133,8 @@ def test_differences_are_of_the_same_seed_and_count() -> None:
         (_cell("magnitude", 3, 0), _result(18, 85.0)),
     ]
     assert "| -5.0 (1; 1 off) |" in tables._against(summary(both))
+    both[1] = (_cell("magnitude", 3, 0), _result(12, 85.0))
+    assert "| -5.0 (1; 7 off) |" in tables._against(summary(both))
 
 
 def test_the_count_within_a_point_is_chosen_on_the_validation_split() -> None:
@@ -135,8 +147,45 @@ def test_the_count_within_a_point_is_chosen_on_the_validation_split() -> None:
             (_cell("entropy", 3, 2), _result(16, 80.0)),  # a seed that dense has not
         ]
     )
-    (line,) = (one for one in tables._within(found).splitlines() if one.startswith("| resnet20"))
-    assert line == "| resnet20 | - | 3 (-10.0) | - | - | - |"
+    assert _lines(tables._within(found)) == [
+        "| resnet20 | 5 | - | 3 (-10.0) | - | - | - |",
+        "| resnet20 | - | 50 % (-10.0) | - | - | - |",
+    ]
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("| resnet20")]
+
+
+def test_exactly_a_point_is_within_a_point() -> None:
+    dense, entropy = (83.2, 83.4), (82.3, 82.3)  # on average 1 point, in floats a little more
+    assert sum(e - d for d, e in zip(dense, entropy, strict=True)) / 2 < -1.0
+    cells = [
+        (_cell(arm, asked, seed), _result(19 - asked, 80.0, validation_accuracy=accuracies[seed]))
+        for arm, asked, accuracies in (("dense", 0, dense), ("entropy", 5, entropy))
+        for seed in range(2)
+    ]
+    assert (
+        _lines(tables._within(summary(cells)))[0] == "| resnet20 | 5 | - | - | 5 (+0.0) | - | - |"
+    )
+
+
+def test_a_shallow_network_counts_as_what_it_copies() -> None:
+    found = summary(
+        [
+            (_cell("dense", 0, 0), _result(19, 80.0)),
+            (_cell("shallow", 5, 0), _result(12, 80.0)),  # two more stood behind dead branches
+            (_cell("magnitude", 5, 0), _result(17, 80.0)),
+        ]
+    )
+    assert _lines(tables._within(found))[0] == "| resnet20 | 5 | - | - | - | 2 (+0.0) | 5 (+0.0) |"
+
+
+def test_arms_that_train_equally_long_are_named_together() -> None:
+    assert tables._by_epochs({"dense": 8}) == {"dense": 8}
+    assert tables._by_epochs({"dense": 8, "drop": 8}) == {"all arms": 8}
+    mixed = tables._by_epochs({"dense": 8, "short": 2, "drop": 8})
+    assert list(mixed.items()) == [("short", 2), ("all other arms", 8)]
 
 
 def test_a_seed_without_a_result_is_told() -> None:

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from ...paper.suites import SHORT
 from ..canvas import INK, new_axes, say_nothing, style_axes
 from .layers import correlation, entropy, gates, sparsity
-from .summary import is_variant
+from .summary import gone, is_variant
 
 __all__ = ["CHARTS", "captioned", "frontiers"]
 
@@ -29,12 +29,13 @@ STYLES = {
     "continuous-0.7": ("#c8384f", "v"),
     "continuous-0.33": ("#c8384f", "h"),
     "uniform": ("#8a7a5c", "<"),
-    "easier": ("#8a7a5c", ">"),
-    "tlc": ("#8a7a5c", "X"),
+    "easier": ("#b0568f", ">"),
+    "tlc": ("#3f9c9c", "X"),
 }
 _POINTS = ("dense", *SHORT, "uniform", "easier", "tlc")  # at one count alone: no line
 _VARIANT = "#8a7a5c"
-_DODGE = 0.05  # rectifiers by which arms stand beside each other, so that none hides another
+_DODGE = 0.008  # of the axis: arms stand beside each other, so that none hides another
+_LOWEST = 20.0  # points under dense: what is lower is written at the foot
 
 
 def _frontier(axes: Axes, network: dict[str, Any], macs: bool = False) -> None:
@@ -45,18 +46,20 @@ def _frontier(axes: Axes, network: dict[str, Any], macs: bool = False) -> None:
     """
     rows = [row for row in network["rows"] if row["arm"] in STYLES]
     arms = list(dict.fromkeys(row["arm"] for row in rows))
+    farthest = max((gone(row) for row in rows if "off" in row), default=1.0)
     for number, arm in enumerate(arms):
-        aside = 0.0 if macs else _DODGE * (number - (len(arms) - 1) / 2)
+        fixed = macs or arm == "dense"
+        aside = 0.0 if fixed else _DODGE * farthest * (number - (len(arms) - 1) / 2)
         colour, marker = STYLES[arm]
-        own = sorted((r for r in rows if r["arm"] == arm and "off" in r), key=_off)
+        own = sorted((r for r in rows if r["arm"] == arm and "off" in r), key=gone)
         cut = [row["asked"] for row in rows if row["arm"] == arm and row["cut"] and not macs]
         whole = network["whole"]["macs"]
         if own:
             axes.errorbar(
-                [100 * row["macs"] / whole if macs else _off(row) + aside for row in own],
+                [100 * row["macs"] / whole if macs else gone(row) + aside for row in own],
                 [row["test_accuracy"]["mean"] for row in own],
                 yerr=[_deviation(row["test_accuracy"]) for row in own],
-                xerr=None if macs else [_deviation(row["off"]) for row in own],
+                xerr=None if macs or arm == "shallow" else [_deviation(row["off"]) for row in own],
                 color=colour,
                 marker=marker,
                 markerfacecolor="none" if arm in SHORT else colour,
@@ -81,20 +84,33 @@ def _frontier(axes: Axes, network: dict[str, Any], macs: bool = False) -> None:
                 )
     if macs:
         axes.invert_xaxis()
-        axes.set_xlabel("multiply-adds of the folded network (% of the whole one's)")
+        axes.set_xlabel("multiply-adds of the folded network (% of the unpruned network's)")
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("rectifiers gone from the folded network")
     axes.set_ylabel("test accuracy (%)")
+    _raise_the_floor(axes, rows)
+
+
+def _raise_the_floor(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """Where some are far under the dense network, the axis ends above them and says so: else the
+    others cannot be told apart.
+    """
+    dense = [row["test_accuracy"]["mean"] for row in rows if row["arm"] == "dense" and "off" in row]
+    floor = dense[0] - _LOWEST if dense else -1.0
+    low = sorted(row["test_accuracy"]["mean"] for row in rows if "off" in row)
+    below = [accuracy for accuracy in low if accuracy < floor]
+    if below:
+        axes.set_ylim(bottom=floor)
+        axes.text(
+            0.99, 0.02, f"{len(below)} below, down to {below[0]:.0f} %", ha="right", va="bottom",
+            fontsize=8, color=INK, transform=axes.transAxes,
+        )  # fmt: skip
 
 
 def _deviation(value: dict[str, Any]) -> float:
     """No bar where there is but one seed."""
     return float("nan") if value["deviation"] is None else float(value["deviation"])
-
-
-def _off(row: dict[str, Any]) -> float:
-    return float(row["off"]["mean"])
 
 
 def frontier(name: str, network: dict[str, Any], macs: bool = False) -> Figure:
@@ -111,9 +127,10 @@ def frontier(name: str, network: dict[str, Any], macs: bool = False) -> Figure:
 
 def frontiers(networks: dict[str, Any]) -> Figure:
     """The frontiers of all networks, side by side."""
-    columns = min(3, max(1, len(networks)))
+    columns = min(2, max(1, len(networks)))
     lines = -(-len(networks) // columns)
-    figure, first = new_axes(4.4 * columns, 3.5 * lines + 0.6)
+    figure, first = new_axes(5.2 * columns, 3.8 * lines + 0.6)
+    figure.set_layout_engine("constrained", h_pad=0.12)
     if not networks:
         return say_nothing(figure, first, "no cell is there yet")
     figure.delaxes(first)
@@ -123,23 +140,26 @@ def frontiers(networks: dict[str, Any]) -> Figure:
         style_axes(axes)
         _frontier(axes, network)
         axes.text(
-            0.5, 1.0, wrapped(network["about"], 62), transform=axes.transAxes, ha="center",
-            va="bottom", fontsize=6.5, color=INK,
+            0.5, 1.0, wrapped(network["about"], 60), transform=axes.transAxes, ha="center",
+            va="bottom", fontsize=8, color=INK,
         )  # fmt: skip
-        axes.set_title(name, color=INK, fontsize=10, pad=24)
+        axes.set_title(name, color=INK, fontsize=11, pad=30)
         found, labels = axes.get_legend_handles_labels()
         handles |= {
             label: handle
             for handle, label in zip(found, labels, strict=True)
             if ":" not in label and label not in handles
         }
+    ncols = -(-len(handles) // 2) or 1
+    # A legend is filled column by column; this order reads line by line.
+    order = [one for i in range(ncols) for one in list(handles)[i::ncols]]
     figure.legend(
-        handles.values(),
-        handles.keys(),
+        [handles[label] for label in order],
+        order,
         frameon=False,
         labelcolor=INK,
         fontsize=9,
-        ncols=min(len(handles), 3 * columns) or 1,
+        ncols=ncols,
         loc="outside lower center",
     )
     return figure
@@ -156,6 +176,7 @@ def ablations(name: str, network: dict[str, Any]) -> Figure:
         and row["asked"] in asked
         and "off" in row
     ] + variants
+    rows.sort(key=lambda row: row["asked"])
     figure, axes = new_axes(7.2, max(2.2, 1.0 + 0.3 * len(rows)))
     if not variants:
         return say_nothing(figure, axes, "no variant was run")
@@ -175,7 +196,7 @@ def ablations(name: str, network: dict[str, Any]) -> Figure:
     if dense is not None:
         axes.axvline(dense["test_accuracy"]["mean"], color=STYLES["dense"][0], ls=(0, (5, 2)))
     names = [
-        f"{row['arm']} ({_off(row):.3g} off, {row['seeds']} seed{'s' * (row['seeds'] > 1)})"
+        f"{row['arm']} ({gone(row):.3g} off, {row['seeds']} seed{'s' * (row['seeds'] > 1)})"
         for row in rows
     ]
     axes.set_yticks(np.arange(len(rows)), names)
@@ -187,7 +208,7 @@ def ablations(name: str, network: dict[str, Any]) -> Figure:
 
 def latency(name: str, network: dict[str, Any]) -> Figure:
     """Time of the folded networks against the whole one, at batch 1 and 64."""
-    rows = [row for row in network["rows"] if "off" in row]
+    rows = sorted((row for row in network["rows"] if "off" in row), key=lambda row: row["asked"])
     figure, axes = new_axes(7.2, max(2.2, 0.9 + 0.42 * len(rows)))
     if not rows:
         return say_nothing(figure, axes, "no latency was measured")
@@ -204,13 +225,12 @@ def latency(name: str, network: dict[str, Any]) -> Figure:
                 color=("#2f7fd8", "#9cc3ec")[i % 2],
                 ecolor=INK,
                 error_kw={"lw": 1},
-                label=None if y else f"batch {size}",
+                label=None if y else f"batch {size} (unfolded {network['before_ms'][size]:.3g} ms)",
             )
-            axes.text(0.01, y + offset, f"{found['ms']:.3g} ms", va="center", fontsize=7, color=INK)
     axes.axvline(1.0, color=INK, lw=1, ls=(0, (5, 2)))
-    names = [f"{row['arm']} ({_off(row):.3g} off)" for row in rows]
+    names = [f"{row['arm']} ({row['asked']} asked, {gone(row):.3g} off)" for row in rows]
     axes.set_yticks(np.arange(len(rows)), names)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(False, axis="y")
     axes.set_xlabel("processor time of the folded network (the whole network, unfolded = 1)")
     figure.legend(frameon=False, labelcolor=INK, fontsize=9, ncols=2, loc="outside lower right")

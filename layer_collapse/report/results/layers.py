@@ -53,6 +53,11 @@ def _name_layers(panels: list[Axes], names: list[str]) -> None:
     panels[0].set_ylim(len(names) - 0.5, -0.5)
 
 
+def _write(axes: Axes, y: int, text: str) -> None:
+    """A word in the row of a layer that has no bar."""
+    axes.text(2, y, text, va="center", fontsize=6, color=INK)
+
+
 def _nothing(why: str) -> Figure:
     return say_nothing(*new_axes(6.0, 2.4), why)
 
@@ -67,13 +72,12 @@ def entropy(name: str, network: dict[str, Any]) -> Figure:
     colours = mpl.colormaps["viridis"].with_extremes(bad=(1.0, 1.0, 1.0, 0.0))
     image = None
     for axes, found in zip(panels, arms.values(), strict=True):
-        history = found["history"]
+        history = _last_of_each_epoch(found["history"])
         values = np.array(
             [[_value(m["rectifiers"].get(layer), "H") for m in history] for layer in names]
         )
         # Each measurement fills the time since the one before.
-        ends = [0.0, *(m["epoch"] for m in history)]
-        edges = np.maximum.accumulate(np.array(ends) + 1e-9 * np.arange(len(ends)))
+        edges = np.array([0.0, *(m["epoch"] for m in history)])
         image = axes.pcolormesh(
             edges, np.arange(len(names) + 1) - 0.5, values, cmap=colours, vmin=0.0, vmax=1.0
         )
@@ -85,10 +89,19 @@ def entropy(name: str, network: dict[str, Any]) -> Figure:
     _name_layers(panels, names)
     assert image is not None
     bar = figure.colorbar(image, ax=panels, shrink=0.9, pad=0.01)
-    bar.set_label("neuron entropy (bits); x: exactly 0; blank: gone", color=INK, fontsize=8)
+    bar.set_label("neuron entropy (bits)\nx: exactly 0; blank: left before", color=INK, fontsize=8)
     bar.ax.tick_params(colors=INK, labelsize=8)
     bar.outline.set_visible(False)  # type: ignore[operator]
     return figure
+
+
+def _last_of_each_epoch(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One measurement for each time: the final scan stands for the last one of the training. What
+    was measured before the first step is drawn as the shortest of beginnings.
+    """
+    latest = {measured["epoch"]: measured for measured in history}
+    first, *later = latest.values()
+    return [first | {"epoch": first["epoch"] or 1e-3}, *later]
 
 
 def sparsity(name: str, network: dict[str, Any]) -> Figure:
@@ -103,8 +116,10 @@ def sparsity(name: str, network: dict[str, Any]) -> Figure:
         for y, layer in enumerate(names):
             value = _value(rows.get(layer), "sparsity")
             if layer not in rows:  # its rectifier left; the layer may still be there
-                axes.text(2, y, "no rectifier", va="center", fontsize=6, color=INK)
-            if np.isfinite(value):
+                _write(axes, y, "no rectifier")
+            elif not value > 0:  # no weight is zero, or no layer of weights feeds it alone
+                _write(axes, y, "0" if value == 0 else "-")
+            else:
                 axes.barh(y, 100 * value, 0.7, color="#2f7fd8")
                 if value == 1.0:
                     axes.text(98, y, "empty", ha="right", va="center", fontsize=6, color=_ON_COLOUR)
@@ -121,11 +136,13 @@ def gates(name: str, network: dict[str, Any]) -> Figure:
     if not arms:
         return _nothing("no neuron was measured")
     names = _names(arms)
+    some = {key for found in arms.values() for row in found["final"] for key in row if row[key]}
+    states = {key: look for key, look in _STATES.items() if key in some}
     figure, panels = _panels(arms, len(names), 2.2)
     for axes, found in zip(panels, arms.values(), strict=True):
         rows = {row["name"]: row for row in found["final"]}
         left = np.zeros(len(names))
-        for key, (label, colour, hatch) in _STATES.items():
+        for key, (label, colour, hatch) in states.items():
             share = np.array(
                 [100 * rows[n][key] / max(rows[n]["neurons"], 1) if n in rows else 0 for n in names]
             )
@@ -134,6 +151,9 @@ def gates(name: str, network: dict[str, Any]) -> Figure:
                 edgecolor="#ffffff", lw=0, label=label,
             )  # fmt: skip
             left += share
+        for y, layer in enumerate(names):
+            if layer not in rows:
+                _write(axes, y, "no rectifier")
         axes.set_xlim(0, 100)
         axes.grid(False, axis="y")
         axes.set_xlabel("neurons (%)")

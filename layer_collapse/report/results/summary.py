@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ...paper.cells import Cell, rectifiers_off
 from ...paper.networks import NETWORKS, Sizes
 
-__all__ = ["is_variant", "on_common_seeds", "summary"]
+__all__ = ["gone", "is_variant", "on_common_seeds", "summary"]
 
 Results = Sequence[tuple[Cell, dict[str, Any]]]
 
@@ -43,6 +43,8 @@ def _network(name: str, found: Results) -> dict[str, Any]:
         "family": NETWORKS[name].family,
         "epochs": {cell.arm: cell.settings["epochs"] for cell, _ in found},
         "whole": whole,
+        "before_ms": _before([r["latency_ms"] for _, r in found if "latency_ms" in r]),
+        "test_samples": next((r["test_samples"] for _, r in found if "test_samples" in r), None),
         "cpu_minutes": sum(r.get("cpu_seconds", 0.0) for _, r in found) / 60,
         "rows": [_row(arm, asked, group) for (arm, asked), group in groups.items()],
         "correlation": {
@@ -58,6 +60,12 @@ def _network(name: str, found: Results) -> dict[str, Any]:
             if cell in shown
         },
     }
+
+
+def _before(measured: list[dict[str, dict[str, float]]]) -> dict[str, float]:
+    """Milliseconds of the whole network at each batch size, median over the cells."""
+    sizes = measured[0] if measured else {}
+    return {size: statistics.median(one[size]["before"] for one in measured) for size in sizes}
 
 
 def _first_counts(found: Results) -> dict[str, int]:
@@ -133,6 +141,13 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
+def gone(row: dict[str, Any]) -> float:
+    """Rectifiers gone; for a shallow network what its original lost. Where that left a rectifier
+    that reads another, the scan finds it linear, though no layer is saved by it.
+    """
+    return float(row["asked"] if row["arm"] == "shallow" else row["off"]["mean"])
+
+
 def on_common_seeds(
     ours: dict[str, Any], theirs: dict[str, Any], key: str = "test"
 ) -> list[tuple[float, float]]:
@@ -142,18 +157,33 @@ def on_common_seeds(
 
 
 def _correlation(group: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Spearman's rank correlation of entropy with sparsity, layers and measurements together."""
-    pairs = [
-        (row["sparsity"], row["H"])
-        for r in group
-        for measured in r.get("entropy_history", [])
-        for row in measured["rectifiers"].values()
-        if row["sparsity"] is not None and row["H"] is not None
-    ]
-    if len({s for s, _ in pairs}) < 2 or len({h for _, h in pairs}) < 2:
-        return None  # nothing was pruned, or nothing changed
-    sparsity, entropy = (_ranks(np.array(values)) for values in zip(*pairs, strict=True))
-    return {"rho": float(np.corrcoef(sparsity, entropy)[0, 1]), "points": len(pairs)}
+    """Spearman's rank correlation of entropy with sparsity: of layers and measurements together,
+    and the median of those of every layer of every seed by itself. None where nothing was pruned.
+    """
+    layers: dict[tuple[int, str], list[tuple[float, float]]] = {}
+    for number, r in enumerate(group):
+        for measured in r.get("entropy_history", []):
+            for name, row in measured["rectifiers"].items():
+                if row["sparsity"] is not None and row["H"] is not None:
+                    layers.setdefault((number, name), []).append((row["sparsity"], row["H"]))
+    pairs = [pair for layer in layers.values() for pair in layer]
+    if (rho := _rho(pairs)) is None:
+        return None
+    alone = [found for layer in layers.values() if (found := _rho(layer)) is not None]
+    return {
+        "rho": rho,
+        "points": len(pairs),
+        "within": statistics.median(alone) if alone else None,
+        "layers": len(alone),
+    }
+
+
+def _rho(pairs: list[tuple[float, float]]) -> float | None:
+    """None where one of the two does not vary."""
+    if len({a for a, _ in pairs}) < 2 or len({b for _, b in pairs}) < 2:
+        return None
+    first, second = (_ranks(np.array(values)) for values in zip(*pairs, strict=True))
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

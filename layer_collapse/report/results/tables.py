@@ -8,7 +8,7 @@ from typing import Any
 
 from ...paper.suites import SHORT
 from ..text import format_value
-from .summary import is_variant, on_common_seeds
+from .summary import gone, is_variant, on_common_seeds
 
 __all__ = ["figures_of", "page"]
 
@@ -39,42 +39,69 @@ def page(content: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+#: What each arm does, in a line; docs/removal.md says more.
+_ARMS = """\
+- `dense`: nothing leaves
+- `continuous`: ours. In one training run branches become constants where that costs little, and
+  rectifiers become linear elsewhere, by loss x entropy. Variants: `-loss`, `-entropy`, `-random`,
+  another order; `-constant`, `-linear`, one form alone; `-once`, each at once; `-0.7`, `-0.33`, on
+  so many of the epochs
+- `drop`: early in one training run the branches that cost the least loss become constants, at once;
+  `drop-linear`: rectifiers become linear instead
+- `entropy`: the paper's method (EGP, NEPENTHE). Rounds of pruning and retraining, with more of the
+  budget for layers of low entropy; `entropy-active`: EGP's other mean of |w|
+- `magnitude`, `uniform`: the same with one threshold for all layers, or one share in each
+- `easier`, `tlc`: one rectifier after another becomes the identity, by entropy or by the batch norm
+  before it, with training between
+- `shallow`: the architecture that `continuous` ended with, trained from scratch
+"""
+
+
 def _opening(content: dict[str, Any]) -> str:
     quick = " **A smoke test on few data: no evidence.**" if content["quick"] else ""
     return (
         f"Written by `{content['command']}` from the cells of code version `{content['code']}` "
         f"(torch {content['torch']}); the numbers are those of [results.json](results.json)."
         f"{quick}\n\n"
+        f"{_ARMS}\n"
+        "Every arm is asked for a number of rectifiers and has a number of epochs. "
         "Accuracies are mean ± sample deviation over the seeds, on a test set that took part in no "
         "choice; *to dense* is over the seeds that both have. *Off* counts rectifiers that are "
         "gone from the folded network, *empty* and *one-sided* those that the final scan found at "
         "exactly zero entropy. *Time* is processor time of one thread for the folded network, as a "
-        "part of what the whole network needs unfolded, taken in turns; that of `dense` is what "
-        "folding alone gives, and how far rows of equal MACs differ is the noise. *Changed* counts "
-        "test samples on which folding changed the prediction. A network whose output no longer "
-        "depends on its input is *cut*: its layers do not count as removed.\n\n"
+        "part of what the whole network needs unfolded, taken in turns, mean ± deviation; that of "
+        "`dense` is what folding alone gives, and how far rows of equal MACs differ is the noise. "
+        "*Changed* counts test samples on which folding changed the prediction. A network whose "
+        "output no longer depends on its input is *cut*: its layers do not count as removed.\n\n"
         "![accuracy against rectifiers removed, all networks](frontier.svg)"
     )
 
 
 _POINT = 1.0  # percentage points of accuracy
+_COMPARED = ("continuous", "drop", "entropy", "magnitude", "shallow")
 
 
 def _within(networks: dict[str, Any]) -> str:
-    """The most rectifiers that each arm removes at nearly the dense network's accuracy."""
-    arms = ("continuous", "drop", "entropy", "magnitude", "shallow")
-    rows = []
+    """What each arm reaches at nearly the dense network's accuracy."""
+    most, least = [], []
     for name, network in networks.items():
-        dense = _dense(network["rows"])
-        if dense:
-            rows.append([name, *(_most(network["rows"], arm, dense) for arm in arms)])
+        rows = network["rows"]
+        if dense := _dense(rows):
+            asked = max(row["asked"] for row in rows)
+            most.append([name, str(asked), *(_most(rows, arm, dense) for arm in _COMPARED)])
+            macs = network["whole"]["macs"]
+            least.append([name, *(_least(rows, arm, dense, macs) for arm in _COMPARED)])
     return (
-        "## Most rectifiers gone within a point of the dense network\n\n"
-        "Of the rows below, the one with the most rectifiers gone among those whose accuracy on "
-        f"the validation split is at most {_POINT:g} point under the dense network's, all trained "
-        "for as many epochs; behind it what that row's accuracy on the test set is relative to "
-        "dense. Means over the seeds that both have. 0: no such row; -: not run yet.\n\n"
-        + table(("network", *arms), rows)
+        "## What leaves within a point of the dense network\n\n"
+        "Of the rows below, those whose accuracy on the validation split is at most "
+        f"{_POINT:g} point under the dense network's, all trained for as many epochs. First table: "
+        "the most rectifiers gone, next to the most that any arm was asked for. Second table: the "
+        "least multiply-adds, in % of the unpruned network's. In brackets what that row's accuracy "
+        "on the test set is relative to dense. Means over the seeds that both have. A shallow "
+        "network is counted as what it copies. 0 or 100 %: no such row; -: not run yet.\n\n"
+        + table(("network", "asked", *_COMPARED), most)
+        + "\n\n"
+        + table(("network", *_COMPARED), least)
     )
 
 
@@ -83,14 +110,36 @@ def _dense(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _most(rows: list[dict[str, Any]], arm: str, dense: dict[str, Any]) -> str:
-    own = [row for row in rows if row["arm"] == arm and on_common_seeds(row, dense)]
-    near = [row for row in own if _mean_difference(row, dense, "validation") >= -_POINT]
-    if not own:
-        return "n/a" if any(row["arm"] == arm and "off" not in row for row in rows) else "-"
+    """The most rectifiers gone within a point of dense."""
+    near = _near(rows, arm, dense)
+    if isinstance(near, str):
+        return near
     if not near:
         return "0"
-    best = max(near, key=lambda row: row["off"]["mean"])
-    return f"{best['off']['mean']:.3g} ({_mean_difference(best, dense, 'test'):+.1f})"
+    best = max(near, key=gone)
+    return f"{gone(best):.3g} ({_mean_difference(best, dense, 'test'):+.1f})"
+
+
+def _least(rows: list[dict[str, Any]], arm: str, dense: dict[str, Any], whole: float) -> str:
+    """The least multiply-adds within a point of dense."""
+    near = _near(rows, arm, dense)
+    if isinstance(near, str):
+        return near
+    if not near:
+        return "100 %"
+    best = min(near, key=lambda row: row["macs"])
+    return f"{100 * best['macs'] / whole:.0f} % ({_mean_difference(best, dense, 'test'):+.1f})"
+
+
+def _near(
+    rows: list[dict[str, Any]], arm: str, dense: dict[str, Any]
+) -> list[dict[str, Any]] | str:
+    """Rows of an arm within a point of dense, or the word for why there is none to ask."""
+    own = [row for row in rows if row["arm"] == arm and on_common_seeds(row, dense)]
+    if not own:
+        return "n/a" if any(row["arm"] == arm and "off" not in row for row in rows) else "-"
+    least = -_POINT - 1e-9  # accuracies are sums of shares: one point is not always 1.0
+    return [row for row in own if _mean_difference(row, dense, "validation") >= least]
 
 
 def _mean_difference(ours: dict[str, Any], theirs: dict[str, Any], key: str) -> float:
@@ -118,9 +167,10 @@ def _against(networks: dict[str, Any]) -> str:
         "## What `continuous` is better by\n\n"
         "Points of test accuracy over each rival that was asked for as many rectifiers, mean ± "
         "sample deviation of the differences seed by seed (number of seeds; how many rectifiers "
-        "the rival removed, where those are fewer). **Bold** from three seeds on where a t test "
-        "tells the mean from zero at 95 %. The spread over seeds leaves out that all seeds share "
-        f"their training and test samples. Last columns: {' and '.join(f'`{a}`' for a in SHORT)}, "
+        "the rival removed, where that is another number). **Bold** from three seeds on where a t "
+        "test tells the mean from zero at 95 %: one of twenty such tests errs, and there are many "
+        "here. The spread over seeds leaves out that all seeds share their training and "
+        f"test samples. Last columns: {' and '.join(f'`{a}`' for a in SHORT)}, "
         "trained for so many of the epochs, over `entropy` with all of them.\n\n"
         + table(("network", "asked", *rivals, *(f"{p} to entropy" for p in SHORT.values())), rows)
     )
@@ -140,8 +190,8 @@ def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
         text += f" ± {deviation:.1f}"
         if abs(statistics.mean(found)) > _T.get(number, math.inf) * deviation / number**0.5:
             text = f"**{text}**"
-    off = theirs["off"]["mean"]
-    return f"{text} ({number}{f'; {off:.3g} off' if off < ours['off']['mean'] else ''})"
+    other = "" if gone(theirs) == gone(ours) else f"; {gone(theirs):.3g} off"
+    return f"{text} ({number}{other})"
 
 
 def _correlations(networks: dict[str, Any]) -> str:
@@ -151,14 +201,17 @@ def _correlations(networks: dict[str, Any]) -> str:
         cells = [name]
         for arm in arms:
             found = network["correlation"].get(arm)
-            cells.append(f"{found['rho']:.3f} ({found['points']:,})" if found else "-")
+            cells.append(f"{found['rho']:.2f} ({found['points']:,})" if found else "-")
+            within = found and found["within"] is not None
+            cells.append(f"{found['within']:.2f} ({found['layers']})" if within else "-")
         rows.append(cells)
     return (
         "## Entropy against sparsity\n\nSpearman's rank correlation of a layer's entropy with the "
-        "share of its weights that are zero (number of pairs: layers x measurements x seeds), at "
-        "the first count that the arm was asked for. Entropy-guided budgets follow the entropy, so "
-        "theirs is in part by construction; magnitude's is not.\n\n"
-        + table(("network", *arms), rows)
+        "share of its weights that are zero, at the first count that the arm was asked for: of "
+        "all layers, measurements and seeds together (number of pairs), and the median of those of "
+        "each layer of each seed by itself (number of layers). Entropy-guided budgets follow the "
+        "entropy, so theirs is in part by construction; magnitude's do not.\n\n"
+        + table(("network", *(head for arm in arms for head in (arm, "each layer"))), rows)
     )
 
 
@@ -172,6 +225,18 @@ def _network(name: str, network: dict[str, Any]) -> str:
         text[-1] += (
             f" The whole network: {whole['rectifiers']} rectifiers, depth {whole['depth']}, "
             f"{whole['parameters']:,} parameters, {whole['macs']:,} MACs."
+        )
+    if network["before_ms"]:
+        times = (
+            f"{format_value(ms, 'ms')} at batch {size}" for size, ms in network["before_ms"].items()
+        )
+        text[-1] += f" Unfolded it takes {', '.join(times)} (median of what the cells saw)."
+    if dense and network["test_samples"]:
+        share = dense["test_accuracy"]["mean"] / 100
+        error = 100 * math.sqrt(share * (1 - share) / network["test_samples"])
+        text[-1] += (
+            f" One accuracy on {network['test_samples']:,} test samples is uncertain by "
+            f"{error:.1f} points (one standard error), which all seeds share."
         )
     text[-1] += f" All cells so far: {network['cpu_minutes']:.1f} CPU minutes."
     shown = figures_of(network)
@@ -221,10 +286,14 @@ def _by_epochs(epochs: dict[str, float]) -> dict[str, float]:
     for arm, count in epochs.items():
         together.setdefault(count, []).append(arm)
     most = max(together, key=lambda count: len(together[count]))
-    return {
-        "all arms" if count == most and len(arms) > 1 else ", ".join(arms): count
+    apart = {
+        ", ".join(arms): count
         for count, arms in together.items()
+        if count != most or len(arms) == 1
     }
+    if len(together[most]) == 1:
+        return apart
+    return apart | {"all other arms" if apart else "all arms": most}
 
 
 def _line(row: dict[str, Any], dense: dict[str, Any]) -> list[str]:
@@ -258,7 +327,8 @@ def _spread(value: dict[str, Any]) -> str:
 
 
 def _ratio(latency: dict[str, Any]) -> str:
-    return f"{latency['ratio']['mean']:.2f} x ({format_value(latency['ms'], 'ms')})"
+    deviation = latency["ratio"]["deviation"]
+    return f"{latency['ratio']['mean']:.2f}{'' if deviation is None else f' ± {deviation:.2f}'}"
 
 
 def table(head: tuple[str, ...], rows: list[list[str]]) -> str:
