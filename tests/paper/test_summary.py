@@ -82,7 +82,10 @@ def test_the_correlation_takes_every_layer_and_measurement() -> None:
     found = summary([(_cell("magnitude", 3, 0), _result(16, 80.0, entropy_history=history))])
     # of "a" alone: -1; "b" has one pair
     expected = {"rho": -1.0, "points": 3, "within": -1.0, "layers": 1}
-    assert found["resnet20"]["correlation"]["magnitude"] == pytest.approx(expected)
+    pruned = found["resnet20"]["correlation"]["magnitude"]
+    assert {key: pruned[key] for key in expected} == pytest.approx(expected)
+    assert list(pruned["bands"].values()) == [0.9, 0.8, None, None, None, 0.0]
+    assert "| resnet20 | 0.90 | 0.80 | - | - | - | 0.00 |" in tables._correlations(found)
     levels = [  # together entropy rises with sparsity, in each layer it falls
         {"rectifiers": {"a": {"H": 0.3, "sparsity": 0.1}, "b": {"H": 0.9, "sparsity": 0.8}}},
         {"rectifiers": {"a": {"H": 0.2, "sparsity": 0.2}, "b": {"H": 0.8, "sparsity": 0.9}}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +14,17 @@ import numpy.typing as npt
 from ...paper.cells import Cell, rectifiers_off
 from ...paper.networks import NETWORKS, Sizes
 
-__all__ = ["gone", "is_variant", "on_common_seeds", "summary"]
+__all__ = ["BANDS", "gone", "is_variant", "on_common_seeds", "summary"]
+
+#: Bands of sparsity, each with where it ends.
+BANDS = {
+    "under 1 %": 0.01,
+    "to 90 %": 0.9,
+    "to 95 %": 0.95,
+    "to 99 %": 0.99,
+    "to 99.9 %": 0.999,
+    "more": math.inf,
+}
 
 Results = Sequence[tuple[Cell, dict[str, Any]]]
 
@@ -158,7 +169,8 @@ def on_common_seeds(
 
 def _correlation(group: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Spearman's rank correlation of entropy with sparsity: of layers and measurements together,
-    and the median of those of every layer of every seed by itself. None where nothing was pruned.
+    and the median of those of every layer of every seed by itself; mean entropy by bands of
+    sparsity. None where nothing was pruned.
     """
     layers: dict[tuple[int, str], list[tuple[float, float]]] = {}
     for number, r in enumerate(group):
@@ -170,7 +182,11 @@ def _correlation(group: list[dict[str, Any]]) -> dict[str, Any] | None:
     if (rho := _rho(pairs)) is None:
         return None
     alone = [found for layer in layers.values() if (found := _rho(layer)) is not None]
+    bands: dict[str, list[float]] = {name: [] for name in BANDS}
+    for sparsity, entropy in pairs:
+        bands[next(name for name, end in BANDS.items() if sparsity < end)].append(entropy)
     return {
+        "bands": {name: statistics.mean(found) if found else None for name, found in bands.items()},
         "rho": rho,
         "points": len(pairs),
         "within": statistics.median(alone) if alone else None,

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...paper.suites import SHORT
 from ..text import format_value
-from .summary import gone, is_variant, on_common_seeds
+from .summary import BANDS, gone, is_variant, on_common_seeds
 
 __all__ = ["figures_of", "page"]
 
@@ -205,6 +205,14 @@ def _correlations(networks: dict[str, Any]) -> str:
             within = found and found["within"] is not None
             cells.append(f"{found['within']:.2f} ({found['layers']})" if within else "-")
         rows.append(cells)
+    late = [
+        [
+            name,
+            *("-" if found["bands"][b] is None else f"{found['bands'][b]:.2f}" for b in BANDS),
+        ]
+        for name, network in networks.items()
+        if (found := network["correlation"].get("magnitude"))
+    ]
     return (
         "## Entropy against sparsity\n\nSpearman's rank correlation of a layer's entropy with the "
         "share of its weights that are zero, at the first count that the arm was asked for: of "
@@ -212,6 +220,8 @@ def _correlations(networks: dict[str, Any]) -> str:
         "each layer of each seed by itself (number of layers). Entropy-guided budgets follow the "
         "entropy, so theirs is in part by construction; magnitude's do not.\n\n"
         + table(("network", *(head for arm in arms for head in (arm, "each layer"))), rows)
+        + "\n\nMean entropy (bits) of the layers of that sparsity under magnitude pruning:\n\n"
+        + table(("network", *BANDS), late)
     )
 
 
