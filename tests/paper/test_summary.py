@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from layer_collapse.paper.cells import Cell
-from layer_collapse.report.results import charts, tables
+from layer_collapse.report.results import charts, layers, tables
 from layer_collapse.report.results.summary import _ranks, summary
 
 SETTINGS = {"epochs": 8, "sizes": {"training": 10, "validation": 5, "test": 7, "side": 28}}
@@ -230,3 +230,21 @@ def test_variants_have_a_figure_of_their_own_where_some_were_run() -> None:
     assert names == ["continuous (3 off, 1 seed)", "continuous-loss (3 off, 1 seed)"]
     (axes,) = charts.CHARTS["frontier"]("resnet20", more).axes
     assert axes.get_legend_handles_labels()[1] == ["continuous"]
+
+
+def test_the_axis_ends_twenty_points_under_dense_and_says_what_is_below() -> None:
+    near = _rows(("dense", 0, 0, 80.0), ("drop", 3, 0, 70.0))["resnet20"]
+    (axes,) = charts.CHARTS["frontier"]("resnet20", near).axes
+    assert not axes.texts
+    far = _rows(("dense", 0, 0, 80.0), ("drop", 3, 0, 70.0), ("entropy", 3, 0, 17.4))["resnet20"]
+    (axes,) = charts.CHARTS["frontier"]("resnet20", far).axes
+    assert axes.get_ylim()[0] == 60.0
+    assert [text.get_text() for text in axes.texts] == ["1 below, down to 17 %"]
+
+
+def test_the_final_scan_stands_for_the_last_measurement() -> None:
+    trained = [{"epoch": epoch, "rectifiers": {"a": {"H": 0.5}}} for epoch in (0.0, 1.0, 2.0)]
+    scanned = {"epoch": 2.0, "rectifiers": {"a": {"H": 0.0}}}
+    shown = layers._last_of_each_epoch([*trained, scanned])
+    assert [one["rectifiers"]["a"]["H"] for one in shown] == [0.5, 0.5, 0.0]
+    assert 0 < shown[0]["epoch"] < shown[1]["epoch"] < shown[2]["epoch"]  # columns have a width
